@@ -1,0 +1,1 @@
+"""Checkpoints that are whole or absent (law C1), in safetensors and JSON only (law C2)."""

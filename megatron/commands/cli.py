@@ -1,0 +1,73 @@
+"""`stagemix COMMAND …`: finds the command and imports no other, so that planning never waits for torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from megatron.commands.frame import run_command
+from megatron.config.errors import EXIT_DONE, ConfigError
+from megatron.config.version import VERSION
+
+COMMANDS = {
+    "train_tokenizer": "train a SentencePiece BPE tokenizer with byte fallback on raw corpora",
+    "preprocess_data": "turn raw corpora into indexed token files (.bin, .idx, .json)",
+    "plan": "print what a config would train on, stage by stage, without torch or data",
+    "inspect_data": "list the very samples that a run consumes, one JSON object a sample",
+    "train": "train, or resume, the run of a config",
+    "ledger": "show what a checkpoint has been trained on, or compare two",
+    "export_hf": "turn a checkpoint into a Hugging Face folder and prove that it equals our model",
+    "evaluate": "evaluate an exported folder through lm-evaluation-harness",
+    "report": "write report.html, one self-contained file about a run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `COMMAND ARGUMENTS…` and gives its exit code. Dashes in a command's name stand for underscores."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return EXIT_DONE
+    if words[0] in ("-V", "--version"):
+        print(f"stagemix {VERSION}")
+        return EXIT_DONE
+    module = importlib.import_module(f"megatron.commands.{command_named(words[0])}")
+    code: int = module.main(words[1:])
+    return code
+
+
+def command_named(word: str) -> str:
+    """The command that `word` names. Raises ConfigError with the nearest name for any other."""
+    name = word.replace("-", "_")
+    if name in COMMANDS:
+        return name
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    raise ConfigError(f"unknown command {word!r}: {hint}")
+
+
+def overview() -> str:
+    """What `stagemix --help` prints."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: stagemix COMMAND [ARGUMENTS…]",
+            "",
+            "Trains language models on mixtures of code and text that change by training stage.",
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()),
+            "",
+            "`stagemix COMMAND --help` explains one of them; `stagemix --version` prints the version.",
+        ]
+    )
+
+
+def entry() -> int:
+    """The console script `stagemix`."""
+    return run_command(main)
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

@@ -1,0 +1,102 @@
+"""The frame around every command: its exit codes, how an error is shown, and the arguments that all share."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_USAGE, StagemixError
+from megatron.config.load import load_config
+from megatron.config.schema import RunConfig
+
+Main = Callable[[list[str] | None], int]
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EROFS: "write to a folder that is not on a read-only file system",
+    errno.EIO: "the disk reports a hardware error: check it, or use another",
+    errno.EACCES: "check the permissions of the file and of its folder",
+    errno.EPERM: "check the permissions of the file and of its folder",
+}
+
+
+def run_command(main_function: Main, argv: list[str] | None = None) -> int:
+    """Runs a command's `main(argv)` and gives its exit code, whatever happens.
+
+    An error written for the user is shown as one `error:` message without a traceback and gives its own code; a full,
+    read-only or failing disk gives 74; Ctrl-C 130; argparse's own exits pass. Anything else is a bug: traceback and 1.
+    """
+    try:
+        code = main_function(argv)
+        sys.stdout.flush()
+        return code
+    except StagemixError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # the reader of a pipe (`| head`) has gone; Python would complain once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            return _bug()
+        return _fail(f"{_describe(error)}: {_REMEDIES[error.errno]}", EXIT_IO)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except SystemExit as error:
+        return _exit_code(error)
+    except Exception:
+        return _bug()
+
+
+def config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds CONFIG and the repeatable `--set KEY=VALUE`; `load_from` reads them."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="the run's TOML file (see examples/)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override one key of CONFIG, for example --set train.micro_batch_size=4 or "
+        "--set stages.cooldown.tokens=5M; may be given more than once",
+    )
+
+
+def load_from(args: argparse.Namespace) -> RunConfig:
+    """The config named on the command line, with its overrides applied. Raises ConfigError."""
+    return load_config(args.config, args.overrides)
+
+
+def _describe(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def _fail(message: str, code: int) -> int:
+    try:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        return code
+    return code
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    return EXIT_BUG
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return EXIT_DONE
+    if isinstance(error.code, int):
+        return error.code
+    return _fail(str(error.code), EXIT_USAGE)

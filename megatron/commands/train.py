@@ -1,0 +1,60 @@
+"""`stagemix train CONFIG`: trains a run, or goes on with it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron.commands.frame import config_arguments, load_from
+
+EPILOG = """\
+The run's folder (run.output in CONFIG) receives checkpoints/, metrics.jsonl, config.toml and exit.json. Starting the
+same command again goes on from the newest whole checkpoint, bit for bit as if nothing had happened.
+
+SIGTERM, SIGINT (Ctrl-C) or SIGUSR1: the step is finished, a checkpoint saved, exit code 75. A second one: at once.
+
+exit codes: 0 done · 2 config · 3 data · 4 checkpoint · 5 the config changes the past · 6 choice not available here ·
+8 losses are not finite · 74 disk · 75 stopped by a signal, start again to go on
+
+examples:
+  stagemix train examples/quick.toml
+  stagemix train examples/quick.toml --set run.output=runs/second --set train.micro_batch_size=2
+  stagemix train examples/quick.toml --resume-from runs/quick/checkpoints/step-000000100
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `train`."""
+    config_arguments(parser)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--fresh", action="store_true", help="begin at step 0; refused where run.output holds a run")
+    start.add_argument(
+        "--resume-from",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="go on from this checkpoint folder instead of the newest whole one; newer checkpoints of the run are "
+        "moved to checkpoints/discarded; a checkpoint of another run begins a branch in an empty run.output",
+    )
+    parser.add_argument(
+        "--allow-lr-change",
+        action="store_true",
+        help="permit another learning rate in a training stage that has begun; the change is recorded in the ledger",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains; gives the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="stagemix train",
+        description="Train a run through its training stages, or go on with it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    config = load_from(args)
+    # torch takes seconds to load: --help and a mistake in the config should not wait for it.
+    from megatron.trainer.resume import Start
+    from megatron.trainer.session import run_training
+
+    return run_training(config, Start(args.fresh, args.resume_from), args.allow_lr_change)

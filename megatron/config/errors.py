@@ -1,0 +1,79 @@
+"""Errors as interface: every failure that a user can cause or repair has a class, and every class an exit code.
+
+The codes are part of the documented contract (docs/exit-codes.md); launchers and scripts read them.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_CHECKPOINT = 4
+EXIT_CHANGED_PAST = 5
+EXIT_UNAVAILABLE = 6
+EXIT_PROOF_FAILED = 7
+EXIT_NON_FINITE = 8
+EXIT_WATCHDOG = 9
+EXIT_IO = 74
+EXIT_REQUEUE = 75
+
+
+class StagemixError(Exception):
+    """Base of every error whose message is written for the user. A traceback of one is never shown."""
+
+    exit_code = EXIT_BUG
+
+
+class ConfigError(StagemixError):
+    """A command line or a config file that cannot be carried out."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(StagemixError):
+    """A corpus, an indexed dataset, a tokenizer or an index that is missing, broken or contradicts itself."""
+
+    exit_code = EXIT_DATA
+
+
+class CheckpointError(StagemixError):
+    """A checkpoint that is not whole, or none is."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class ChangedPastError(StagemixError):
+    """A resume whose config or data contradict what the run has already been trained on (law M5)."""
+
+    exit_code = EXIT_CHANGED_PAST
+
+
+class UnavailableError(StagemixError):
+    """A choice that this machine or this installation cannot honour (law T3: no silent fallback)."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class ProofError(StagemixError):
+    """An export or an import whose parity proof missed its tolerance (law C3)."""
+
+    exit_code = EXIT_PROOF_FAILED
+
+
+class NonFiniteError(StagemixError):
+    """Too many steps in a row with a loss or a gradient that is not finite."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class StorageError(StagemixError):
+    """The disk is full, read-only or failing."""
+
+    exit_code = EXIT_IO
+
+
+class StopRequested(StagemixError):
+    """A signal asked the run to save and stop; the run can be resumed."""
+
+    exit_code = EXIT_REQUEUE

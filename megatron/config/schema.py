@@ -1,0 +1,239 @@
+"""The run in the user's words: one frozen, typed model for each table of the TOML file.
+
+Every key that a user may write is declared here with its meaning; an unknown key is an error. Other parts of the
+program are handed their own section, never the whole config.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from megatron.config.quantities import parse_count, parse_quantity
+
+Share = Annotated[Decimal, Field(ge=0, le=1)]
+
+
+def _quantity_words(value: Any) -> Any:
+    parse_quantity(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Words = Annotated[int | str, BeforeValidator(_quantity_words)]
+Weight = Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]
+Mixture = dict[str, Weight]
+
+
+class Section(BaseModel):
+    """A table of the config: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """What the run is called and where it writes."""
+
+    name: str = Field(min_length=1, description="name of the run, shown in logs and reports")
+    output: str = Field(min_length=1, description="folder that receives checkpoints, metrics and the resolved config")
+    seed: int = Field(1234, ge=0, lt=2**63, description="seeds initial weights and every source's order")
+
+
+class TokenizerSection(Section):
+    """Which tokenizer the indexed data were made with."""
+
+    path: str = Field(description="SentencePiece tokenizer.model, or Hugging Face tokenizer.json")
+
+
+class ModelSection(Section):
+    """A decoder in Hugging Face's words. `preset` fills what is not said."""
+
+    preset: str | None = Field(None, description="a name from megatron/config/presets.py")
+    seq_length: int = Field(ge=1, description="input positions of a sample")
+    vocab_size: int | None = Field(None, ge=1, description="taken from the tokenizer where absent")
+    hidden_size: int | None = Field(None, ge=1)
+    num_hidden_layers: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(None, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1, description="grouped-query attention; default: every head")
+    head_dim: int | None = Field(None, ge=1, description="default: hidden_size / num_attention_heads")
+    intermediate_size: int | None = Field(None, ge=1)
+    hidden_act: Literal["silu", "gelu", "gelu_tanh"] | None = Field(None, description="silu and gated: SwiGLU")
+    gated_mlp: bool | None = Field(None, description="gate and up projection; default true")
+    norm: Literal["rmsnorm", "layernorm"] | None = None
+    norm_eps: float | None = Field(None, gt=0)
+    attention_bias: bool | None = Field(None, description="biases on query, key, value and output projections")
+    mlp_bias: bool | None = None
+    parallel_block: bool | None = Field(None, description="attention and MLP side by side, as GPT-NeoX")
+    rope_theta: float | None = Field(None, gt=0)
+    partial_rotary_factor: float | None = Field(None, gt=0, le=1)
+    tie_word_embeddings: bool | None = None
+    initializer_range: float | None = Field(None, gt=0)
+    document_mask: bool = Field(True, description="attention and positions never cross a document's end")
+
+
+class SourceSection(Section):
+    """One corpus: indexed files, or a size that stands for files not yet there."""
+
+    group: str | None = Field(None, description="for example code or text; default: the source's own name")
+    data: list[str] = Field(default_factory=list, description="prefixes of .bin/.idx, in order")
+    tokens: Count | None = Field(None, description='planning without data: "503B"')
+    max_epochs: Annotated[Decimal, Field(gt=0)] = Field(Decimal(1), description="repetition cap over the whole run")
+    dry: Literal["error", "repeat", "renormalise"] = Field("error", description="what happens at the cap")
+    slice: tuple[Share, Share] = Field((Decimal(0), Decimal(1)), description="share of its documents, by position")
+    piece_tokens: int | None = Field(None, ge=1, description="longer documents are cut; default 8 x model.seq_length")
+    allow_overlap: bool = Field(False, description="permits documents that another source also holds")
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceSection:
+        if not self.data and self.tokens is None:
+            raise ValueError("needs data = [prefixes of .bin/.idx], or tokens = a size to plan with")
+        if self.slice[0] >= self.slice[1]:
+            raise ValueError(f"slice {list(map(str, self.slice))} is empty: its start must be below its end")
+        return self
+
+
+class DataSection(Section):
+    """How samples reach the model."""
+
+    cache: str | None = Field(None, description="folder for epoch indexes; default OUTPUT/../index-cache")
+    prefetch: int = Field(4, ge=0, description="global batches prepared ahead of the step, 0 for none")
+
+
+class ValidationSection(Section):
+    """Held-out documents of every source, by keyed hash; never trained on by any stage or arm."""
+
+    fraction: Annotated[Decimal, Field(ge=0, lt=1)] = Decimal("0.005")
+    every: int = Field(500, ge=1, description="steps")
+    samples: int = Field(64, ge=1, description="at most so many samples for each source")
+
+
+class TrainSection(Section):
+    """Batch, precision and how a step that is not finite is treated."""
+
+    global_batch_size: int = Field(ge=1, description="sequences in an optimizer step")
+    micro_batch_size: int = Field(1, ge=1, description="sequences in one forward pass")
+    precision: Literal["auto", "fp64", "fp32", "bf16"] = Field("auto", description="auto: measured once, at step 0")
+    tokens: Count | None = Field(None, description="length of the whole run, for stages given as a share")
+    max_non_finite: int = Field(10, ge=1, description="steps in a row without an update before the run stops")
+
+
+class OptimizerSection(Section):
+    """AdamW or plain SGD; biases and norms are never decayed."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    clip_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+
+
+class LRSection(Section):
+    """A learning rate over tokens, from the training stage that says it until one says another."""
+
+    start: Literal["current"] | Annotated[float, Field(ge=0)] | None = Field(None, description="default 0 with warmup")
+    start_factor: float | None = Field(None, gt=0, description="starts at this fraction of the current rate")
+    warmup: Words = Field(0, description='tokens, "500 steps" or "2%" of the stage')
+    peak: float | None = Field(None, ge=0, description="default: start")
+    shape: Literal["constant", "linear", "cosine", "1-sqrt", "exponential"] = "constant"
+    final: float | None = Field(None, ge=0, description="default: peak")
+    horizon: Words | None = Field(None, description="where final is reached; default: the stage's own length")
+
+
+class PhaseSection(Section):
+    """One step of a stepwise mixture."""
+
+    share: Annotated[Decimal, Field(gt=0, le=1)] | None = Field(None, description="of the stage; default equal parts")
+    mixture: Mixture
+
+
+class EpochsSection(Section):
+    """A stage as long as it takes to see one source so many times."""
+
+    source: str
+    count: Annotated[Decimal, Field(gt=0)]
+
+
+class TakeSection(Section):
+    """What a stage takes over at its start: "continue", "fresh", or the path of a checkpoint or a model folder."""
+
+    weights: str = Field("continue", description='"continue", "fresh", a checkpoint, or a Hugging Face folder')
+    optimizer: str = Field("continue", description='"continue", "fresh", or a checkpoint')
+    cursors: str = Field("continue", description='"continue" or a checkpoint, of this run or of another')
+
+
+class StageSection(Section):
+    """A training stage: how long, of what, at which learning rate. Exactly one length is given."""
+
+    name: str = Field(min_length=1)
+    tokens: Count | None = None
+    steps: Count | None = None
+    samples: Count | None = None
+    share: Annotated[Decimal, Field(gt=0, le=1)] | None = Field(None, description="of train.tokens")
+    epochs: EpochsSection | None = None
+    mixture: Mixture | None = Field(None, description="weights of groups or sources; normalised, and said so")
+    mixture_tokens: dict[str, Count] | None = Field(None, description="absolute tokens instead of weights")
+    mixture_epochs: dict[str, Weight] | None = Field(None, description="epochs of each source instead of weights")
+    phases: list[PhaseSection] | None = Field(None, description="a stepwise mixture instead of mixture")
+    ramp_to: Mixture | None = Field(None, description="mixture at the stage's end, linear from mixture")
+    strict: bool = Field(False, description="refuse weights that do not sum to 1")
+    cursor: Literal["continue", "restart"] = Field("continue", description="restart: every source from its beginning")
+    lr: LRSection | None = Field(None, description="absent: the schedule before it goes on")
+    take: TakeSection = TakeSection()
+    seq_length: int | None = Field(None, ge=1, description="default model.seq_length")
+    global_batch_size: int | None = Field(None, ge=1, description="default train.global_batch_size")
+
+
+class ParallelSection(Section):
+    """The layout. It changes speed and memory, never the loss curve."""
+
+    engine: Literal["torch", "deepspeed"] = "torch"
+    tensor: int = Field(1, ge=1)
+    sequence: bool = False
+    pipeline: int = Field(1, ge=1)
+    context: int = Field(1, ge=1)
+    schedule: Literal["1f1b", "interleaved", "zero-bubble", "zbv"] = "1f1b"
+    data_shard: Literal["none", "optimizer", "gradients", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class CheckpointSection(Section):
+    """When the run saves; it always does at the end of a training stage."""
+
+    every: int = Field(1000, ge=1, description="steps")
+    keep: int = Field(3, ge=1, description="newest checkpoints kept; those at stage ends are kept besides")
+
+
+class LogSection(Section):
+    """metrics.jsonl is always written; the rest are optional sinks."""
+
+    every: int = Field(10, ge=1, description="steps between lines on the terminal")
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run: RunSection
+    tokenizer: TokenizerSection
+    model: ModelSection
+    sources: Annotated[dict[str, SourceSection], Field(min_length=1)]
+    data: DataSection = DataSection()
+    validation: ValidationSection = ValidationSection()
+    train: TrainSection
+    optimizer: OptimizerSection = OptimizerSection()
+    stages: Annotated[list[StageSection], Field(min_length=1)]
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stages: the name {twice[0]!r} is used twice; give each training stage its own name")
+        return self

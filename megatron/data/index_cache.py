@@ -1,0 +1,145 @@
+"""Epoch index files: the sparse sums of one epoch of one source, published atomically, verified when opened.
+
+A file's name is a digest of all that its content depends on, and nothing else, so that every arm of a study shares
+it. Two jobs that build the same one at once write the same bytes; the later rename replaces the earlier one's.
+
+Layout, little endian: magic `STGXORD1`, u32 stride, u32 zero, u64 permutation key, u64 pieces, u64 tokens,
+u64 entries, 32 bytes name digest, 32 bytes checksum, 16 bytes zero; then the entries, u64 each. The checksum is
+blake2b-256 of the fields before it and the entries: at 1 GB/s it reads the index of 10M documents (2.5 MB) in
+2.5 ms, needs nothing but the standard library, and sees any damage, where a crc32 (as fast) would miss one in 2^32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from megatron.config.errors import StorageError
+from megatron.data.permutation import Words
+from megatron.data.piece_table import STRIDE
+
+_MAGIC = b"STGXORD1"
+_FIELDS = struct.Struct("<8sIIQQQQ32s")
+_CHECKSUM_BYTES = 32
+_HEADER_BYTES = 128
+_LEFTOVER_SECONDS = 86_400
+
+
+@dataclass(frozen=True)
+class IndexKey:
+    """What an index depends on: digest names it (64 hex digits), the rest must agree with what the file says."""
+
+    digest: str
+    permutation_key: int
+    pieces: int
+    tokens: int
+
+    @property
+    def entries(self) -> int:
+        """Entries of the sparse sums."""
+        return -(-self.pieces // STRIDE)
+
+    @property
+    def file_name(self) -> str:
+        """Name of the index file within its cache."""
+        return f"{self.digest}.order"
+
+
+class DamagedIndex(Exception):
+    """An index file that is not what its name promises; the message says why."""
+
+
+def open_or_build(folder: Path, key: IndexKey, build: Callable[[], Words]) -> Words:
+    """The sparse sums of `key`: mapped from its file in the folder, or built, published there and mapped.
+
+    A damaged file is named on stderr and built anew. Raises StorageError where the folder cannot be read, or lacks
+    the file and cannot be written.
+    """
+    path = folder / key.file_name
+    try:
+        return read_index(path, key)
+    except FileNotFoundError:
+        pass
+    except DamagedIndex as damage:
+        print(f"warning: epoch index {path} is damaged ({damage}): building it anew", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise StorageError(f"{path}: this epoch index cannot be read: {error.strerror or error}") from error
+    sums = build()
+    try:
+        publish(path, key, sums)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: the epoch index {path.name} cannot be written: {error.strerror or error}. Set [data] cache to "
+            "a folder that can be written, or build the index once where this one can be"
+        ) from error
+    return read_index(path, key)
+
+
+def read_index(path: Path, key: IndexKey) -> Words:
+    """The sparse sums in a file, memory-mapped. Raises DamagedIndex unless file, key and checksum agree; OSError."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
+        expected = _HEADER_BYTES + 8 * key.entries
+        if size != expected:
+            raise DamagedIndex(f"it has {size} bytes where {expected} are needed")
+        fields = _header_fields(key)
+        if header[: _FIELDS.size] != fields:
+            raise DamagedIndex("its header is not the one that its name stands for")
+        sums: Words = np.memmap(file, dtype="<u8", mode="r", offset=_HEADER_BYTES, shape=(key.entries,))
+    if header[_FIELDS.size :] != _checksum(fields, sums).ljust(_HEADER_BYTES - _FIELDS.size, b"\0"):
+        raise DamagedIndex("its checksum does not match its content")
+    return sums
+
+
+def publish(path: Path, key: IndexKey, sums: Words) -> None:
+    """Writes an index aside, forces it to disk and renames it into place, making its folder where needed. OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(path)
+    fields = _header_fields(key)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write((fields + _checksum(fields, sums)).ljust(_HEADER_BYTES, b"\0"))
+            file.write(np.ascontiguousarray(sums, dtype="<u8").data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's 0600 would hide it from colleagues who share the cache
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Removes what builds of this index left that were killed over a day ago; a younger one may still be at work."""
+    for leftover in path.parent.glob(f".{path.name}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                leftover.unlink()
+
+
+def _header_fields(key: IndexKey) -> bytes:
+    digest = bytes.fromhex(key.digest)
+    return _FIELDS.pack(_MAGIC, STRIDE, 0, key.permutation_key, key.pieces, key.tokens, key.entries, digest)
+
+
+def _checksum(fields: bytes, sums: Words) -> bytes:
+    digest = blake2b(fields, digest_size=_CHECKSUM_BYTES)
+    digest.update(np.ascontiguousarray(sums, dtype="<u8").data)
+    return digest.digest()

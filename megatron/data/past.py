@@ -1,0 +1,160 @@
+"""The past is frozen, the future is editable (law M5): what a resume compares, and how it names a difference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from megatron.config.errors import ChangedPastError
+from megatron.config.schema import StageSection
+from megatron.data.ledger import ALGORITHM, Ledger
+from megatron.data.schedule import Schedule, TrainingStage
+from megatron.data.stage_resolution import FrozenStage
+from megatron.data.weight_function import WeightFunction
+
+
+def frozen_stages(ledger: Ledger) -> list[FrozenStage]:
+    """What the begun stages of a ledger fix for `resolve_schedule`."""
+    last = len(ledger.stages) - 1
+    return [
+        FrozenStage(
+            name=record.name,
+            samples=record.planned_samples,
+            finished=record.finished or index < last,
+            sizes=record.sizes,
+            caps={name: (Decimal(cap), dry) for name, (cap, dry) in record.caps.items()},
+        )
+        for index, record in enumerate(ledger.stages)
+    ]
+
+
+def check_words(ledger: Ledger, sections: Sequence[StageSection]) -> None:
+    """What can be seen before resolution: begun stages that are gone, renamed, or name sources they did not know."""
+    differences = []
+    for index, record in enumerate(ledger.stages):
+        if index >= len(sections):
+            differences.append(f"stage {record.name!r} has begun and is gone from the config")
+            continue
+        section = sections[index]
+        if section.name != record.name:
+            differences.append(f"stage {index} was {record.name!r} and is now {section.name!r}")
+        groups = {source.group for name, source in ledger.sources.items() if name in record.sizes}
+        tables = [section.mixture, section.mixture_tokens, section.mixture_epochs, section.ramp_to]
+        tables += [phase.mixture for phase in section.phases or []]
+        for name in sorted({name for table in tables if table for name, weight in table.items() if weight}):
+            if name not in record.sizes and name not in groups:
+                differences.append(f"stage {record.name!r} now names {name!r}, which it did not know when it began")
+    _refuse(differences)
+
+
+def check_past(
+    ledger: Ledger,
+    schedule: Schedule,
+    *,
+    seed: int,
+    tokenizer: str,
+    validation: str,
+    identities: Mapping[str, Mapping[str, Any]],
+    lr: Sequence[Mapping[str, Any]],
+    allow_lr_change: bool = False,
+) -> list[dict[str, Any]]:
+    """Compares a ledger with the schedule resolved from today's config.
+
+    Args:
+        schedule: resolved with `begun=frozen_stages(ledger)`.
+        identities: for each source of the config its "group", "fingerprint", "epoch_tokens" and "piece_tokens".
+        lr: for each stage the learning rate in force, as plain values.
+        allow_lr_change: permits another learning rate in a begun stage.
+
+    Returns events to record (a permitted change of the learning rate). Raises ChangedPastError that lists every
+    difference.
+    """
+    differences = []
+    for what, then, now in (
+        ("the algorithm version", ledger.algorithm, ALGORITHM),
+        ("run.seed", ledger.seed, seed),
+        ("the tokenizer's fingerprint", ledger.tokenizer, tokenizer),
+        ("the validation split", ledger.validation, validation),
+    ):
+        if then != now:
+            differences.append(f"{what} was {then} and is now {now}")
+    differences += _changed_sources(ledger, identities)
+    events: list[dict[str, Any]] = []
+    for index, record in enumerate(ledger.stages):
+        stage = schedule.stages[index]
+        differences += _changed_stage(ledger, index, stage)
+        if dict(record.lr) != dict(lr[index]):
+            if allow_lr_change:
+                events.append({"event": "lr-changed", "stage": record.name, "sample": ledger.consumed_samples})
+                continue
+            differences.append(
+                f"stage {record.name!r}: its learning rate was {_shown(record.lr)} and is now {_shown(lr[index])} "
+                "(allow it with --allow-lr-change)"
+            )
+    _refuse(differences)
+    return events
+
+
+def _changed_sources(ledger: Ledger, identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    differences = []
+    for name, record in ledger.sources.items():
+        if not record.lifetime_tokens:
+            continue
+        if name not in identities:
+            differences.append(f"source {name!r} was trained on and is gone from the config")
+            continue
+        for key, now in identities[name].items():
+            then = getattr(record, key)
+            if then != now:
+                differences.append(f"source {name!r}: its {key.replace('_', ' ')} was {then} and is now {now}")
+    return differences
+
+
+def _changed_stage(ledger: Ledger, index: int, stage: TrainingStage) -> list[str]:
+    record = ledger.stages[index]
+    where = f"stage {record.name!r}"
+    differences = []
+    for key in ("seq_length", "global_batch_size", "cursor"):
+        then, now = getattr(record, key), getattr(stage, key)
+        if then != now:
+            differences.append(f"{where}: its {key} was {then} and is now {now}")
+    then_weights = WeightFunction.from_json(record.weights)
+    if then_weights != stage.weights:
+        differences.append(f"{where}: its weights were {_weights(then_weights)} and are now {_weights(stage.weights)}")
+    running = index == len(ledger.stages) - 1 and not record.finished
+    if stage.samples != record.planned_samples and not running:
+        differences.append(
+            f"{where} is finished with {record.planned_samples} samples; the config now gives it {stage.samples}"
+        )
+    elif stage.samples < record.samples:
+        differences.append(
+            f"{where}: {record.samples} of its samples are consumed; the config now gives it only {stage.samples}"
+        )
+    return differences
+
+
+def _weights(function: WeightFunction) -> str:
+    parts = []
+    for segment in function.segments:
+        shares = ", ".join(f"{n} {u / function.denominator:.6g}" for n, u in segment.weights.items())
+        ends = (
+            ""
+            if segment.to is None
+            else " → " + ", ".join(f"{n} {u / function.denominator:.6g}" for n, u in segment.to.items())
+        )
+        parts.append(f"from sample {segment.start}: {shares}{ends}" if len(function.segments) > 1 else shares)
+    return "{" + "; ".join(parts) + "}"
+
+
+def _shown(record: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key} {value}" for key, value in record.items()) + "}"
+
+
+def _refuse(differences: list[str]) -> None:
+    if differences:
+        raise ChangedPastError(
+            "the config changes what this run has already been trained on:\n  "
+            + "\n  ".join(differences)
+            + "\nput it back, or start another run with --fresh and another run.output"
+        )

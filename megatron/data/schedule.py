@@ -1,0 +1,168 @@
+"""Training stages, resolved: from what the user wrote to whole batches, exact weights and sample numbers.
+
+Resolution walks the stages in order, because what a source has left when a stage begins depends on the stages before
+it. A stage that has already begun is resolved from what its ledger record froze (sizes, known sources, length), so
+that a change of the past shows as a difference and a change of the future does not (law M5).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron.config.schema import SourceSection, StageSection
+from megatron.data.mixture import open_mixture
+from megatron.data.stage_resolution import FrozenStage, SourceFacts, StageResolver
+from megatron.data.weight_function import WeightFunction
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """One resolved training stage. Counts and tokens of sources are those of the whole stage, as planned."""
+
+    index: int
+    name: str
+    start_step: int
+    start_sample: int
+    start_token: int
+    samples: int
+    seq_length: int
+    global_batch_size: int
+    weights: WeightFunction
+    cursor: str
+    facts: Mapping[str, SourceFacts]
+    used_before: Mapping[str, int]
+    counts: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.samples // self.global_batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Input positions."""
+        return self.samples * self.seq_length
+
+    @property
+    def end_sample(self) -> int:
+        """Global number of the first sample after the stage."""
+        return self.start_sample + self.samples
+
+    @property
+    def end_step(self) -> int:
+        """Number of steps done at the stage's end."""
+        return self.start_step + self.steps
+
+    def groups(self) -> dict[str, str]:
+        """The group of every source."""
+        return {name: facts.group for name, facts in self.facts.items()}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every training stage of a run, one after the other."""
+
+    stages: tuple[TrainingStage, ...]
+    _ends: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", tuple(stage.end_sample for stage in self.stages))
+
+    @property
+    def samples(self) -> int:
+        """Samples of the whole run."""
+        return self._ends[-1]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1].end_step
+
+    @property
+    def tokens(self) -> int:
+        """Input positions of the whole run."""
+        return self.stages[-1].start_token + self.stages[-1].tokens
+
+    def locate(self, consumed_samples: int) -> tuple[TrainingStage, int]:
+        """The stage of the next sample, and how many of its samples are consumed. At the run's end: the last stage."""
+        index = min(bisect_right(self._ends, consumed_samples), len(self.stages) - 1)
+        stage = self.stages[index]
+        return stage, consumed_samples - stage.start_sample
+
+
+def facts_of(sources: Mapping[str, SourceSection], sizes: Mapping[str, int]) -> dict[str, SourceFacts]:
+    """Facts by source name from the config and the measured sizes."""
+    return {
+        name: SourceFacts(section.group or name, sizes[name], section.max_epochs, section.dry)
+        for name, section in sources.items()
+    }
+
+
+def resolve_schedule(
+    sections: Sequence[StageSection],
+    facts: Mapping[str, SourceFacts],
+    *,
+    seq_length: int,
+    global_batch_size: int,
+    run_tokens: int | None = None,
+    begun: Sequence[FrozenStage] = (),
+    taken: Callable[[str], Mapping[str, int]] | None = None,
+) -> Schedule:
+    """Every stage in order.
+
+    Args:
+        sections: `[[stages]]` as written.
+        facts: every source of the config.
+        seq_length, global_batch_size: for stages that do not say their own.
+        run_tokens: `train.tokens`, for stages given as a share of the run.
+        begun: frozen records of the stages that have begun, from a ledger.
+        taken: tokens used of each source according to the checkpoint at a path, for `take.cursors`.
+
+    Raises ConfigError where a stage cannot be carried out as written.
+    """
+    stages: list[TrainingStage] = []
+    used = dict.fromkeys(facts, 0)
+    step = sample = token = 0
+    for index, section in enumerate(sections):
+        if section.take.cursors != "continue" and taken is not None:
+            used |= {name: tokens for name, tokens in taken(section.take.cursors).items() if name in used}
+        resolver = StageResolver(
+            section,
+            facts,
+            section.seq_length or seq_length,
+            section.global_batch_size or global_batch_size,
+            used,
+            begun[index] if index < len(begun) else None,
+        )
+        samples, weights = resolver.resolve(run_tokens)
+        counts = _counts_at(weights, resolver.groups, samples)
+        resolver.check_caps(counts)
+        stage = TrainingStage(
+            index=index,
+            name=section.name,
+            start_step=step,
+            start_sample=sample,
+            start_token=token,
+            samples=samples,
+            seq_length=resolver.seq_length,
+            global_batch_size=resolver.batch,
+            weights=weights,
+            cursor=section.cursor,
+            facts=resolver.facts,
+            used_before=dict(used),
+            counts=counts,
+            notes=tuple(resolver.notes),
+        )
+        stages.append(stage)
+        used = {name: tokens + counts.get(name, 0) * stage.seq_length for name, tokens in used.items()}
+        step, sample, token = stage.end_step, stage.end_sample, token + stage.tokens
+    return Schedule(tuple(stages))
+
+
+def _counts_at(weights: WeightFunction, groups: Mapping[str, str], samples: int) -> dict[str, int]:
+    stream = open_mixture(weights, groups, horizon=samples)
+    stream.seek(samples)
+    return dict(zip(weights.sources, stream.counts, strict=True))

@@ -1,0 +1,157 @@
+"""Opens the sources of a config: their files, their order, and the checks that only all of them together allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.config.errors import DataError
+from megatron.config.schema import SourceSection
+from megatron.data.epoch_index import SourceOrder, Span, overlapping
+from megatron.data.indexed_dataset import IndexedDataset, check_vocab
+from megatron.data.source_stream import CursorState, EpochSpan, SourceStream
+
+PIECE_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What the checks need of a tokenizer."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source whose files are open, or one that is planned by its size alone (`order` is None)."""
+
+    name: str
+    source_id: int
+    section: SourceSection
+    piece_tokens: int
+    order: SourceOrder | None
+
+    @property
+    def group(self) -> str:
+        """The source's group; its own name where none is said."""
+        return self.section.group or self.name
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens of one epoch: what the slice holds, less what is held out for validation."""
+        if self.order is not None:
+            return self.order.epoch_tokens
+        assert self.section.tokens is not None
+        start, end = self.section.slice
+        return int(self.section.tokens * (end - start))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the content, whatever its name and place."""
+        return self.order.fingerprint if self.order is not None else f"planned:{self.epoch_tokens}"
+
+    def identity(self) -> dict[str, Any]:
+        """What the past knows a source by."""
+        return {
+            "group": self.group,
+            "fingerprint": self.fingerprint,
+            "epoch_tokens": self.epoch_tokens,
+            "piece_tokens": self.piece_tokens,
+        }
+
+    def stream(self, state: CursorState | None) -> SourceStream:
+        """The source's stream from a state on; from its beginning where there is none."""
+        last = None
+        if self.section.dry != "repeat":
+            last = max(0, -int(-self.section.max_epochs // 1) - 1)
+        return SourceStream(self.opened(), state or CursorState(), last_epoch=last)
+
+    def opened(self) -> SourceOrder:
+        """The order over its files. Raises DataError for a source that is planned by its size alone."""
+        if self.order is None:
+            raise DataError(
+                f"source {self.name!r} has a size (tokens = …) and no data: training needs "
+                f"sources.{self.name}.data = [prefixes of .bin/.idx]"
+            )
+        return self.order
+
+    def tokens_for(self, span: EpochSpan | Span) -> npt.NDArray[np.integer]:
+        """The ids of a span, and one more where its document goes on."""
+        return self.opened().tokens_for(Span(span.document, span.start, span.end))
+
+
+def open_sources(
+    sections: Mapping[str, SourceSection],
+    *,
+    seed: int,
+    seq_length: int,
+    holdout_fraction: Decimal,
+    cache_dir: Path | None,
+    tokenizer: TokenizerIdentity | None = None,
+) -> dict[str, OpenSource]:
+    """Every source by name.
+
+    Args:
+        sections: `[sources.…]`; a source that has data is opened, one that has only `tokens` is planned with.
+        seq_length: the model's; long documents are cut at 8 times this unless the source says otherwise.
+        holdout_fraction: share of the documents kept for validation.
+        cache_dir: folder of the epoch indexes; None: they are built in memory.
+        tokenizer: checked against every file's manifest and ids, where given.
+
+    Raises DataError for files that are missing, broken or made by another tokenizer, and for sources that share
+    documents without allow_overlap.
+    """
+    opened: dict[str, OpenSource] = {}
+    for source_id, name in enumerate(sorted(sections)):
+        section = sections[name]
+        piece_tokens = section.piece_tokens or PIECE_SEQUENCES * seq_length
+        order = None
+        if section.data:
+            files = [IndexedDataset(prefix) for prefix in section.data]
+            for file in files:
+                _check_tokenizer(name, file, tokenizer)
+            order = SourceOrder(
+                files,
+                seed=seed,
+                piece_tokens=piece_tokens,
+                cache_dir=cache_dir,
+                document_slice=section.slice,
+                holdout_fraction=holdout_fraction,
+            )
+        opened[name] = OpenSource(name, source_id, section, piece_tokens, order)
+    _check_overlap(opened)
+    return opened
+
+
+def _check_tokenizer(name: str, file: IndexedDataset, tokenizer: TokenizerIdentity | None) -> None:
+    if tokenizer is None:
+        return
+    made_with = (file.manifest or {}).get("tokenizer")
+    if made_with and made_with["fingerprint"] != tokenizer.fingerprint:
+        raise DataError(
+            f"source {name!r}: {file.prefix}.bin was tokenised by {made_with['name']} "
+            f"({made_with['fingerprint'][:12]}…), the config's tokenizer is {tokenizer.name} "
+            f"({tokenizer.fingerprint[:12]}…): set tokenizer.path to the first, or preprocess the corpus again"
+        )
+    check_vocab(file, tokenizer.vocab_size)
+
+
+def _check_overlap(opened: Mapping[str, OpenSource]) -> None:
+    for one, other in combinations(opened.values(), 2):
+        if one.order is None or other.order is None:
+            continue
+        allowed = one.section.allow_overlap or other.section.allow_overlap
+        if not allowed and overlapping(one.order, other.order):
+            raise DataError(
+                f"sources {one.name!r} and {other.name!r} hold the same documents, so that their tokens would be "
+                "trained on twice: give them disjoint slices, drop one, or set allow_overlap = true on one of them"
+            )

@@ -1,0 +1,1 @@
+"""Engines: a whole optimizer step behind one seam."""

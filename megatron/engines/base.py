@@ -1,0 +1,100 @@
+"""The seam between the trainer and whatever runs a model: a whole optimizer step.
+
+The loop above sees no model, no mesh and no file; an engine sees no schedule, no source name and no config but its
+own sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+class MicrobatchLike(Protocol):
+    """What one forward pass reads. b sequences of T input positions; any object with these four will do."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Input ids, int64 [b, T]."""
+
+    @property
+    def targets(self) -> Tensor:
+        """The next token of the same document, int64 [b, T]; -100 where there is none or it does not count."""
+
+    @property
+    def document_ids(self) -> Tensor:
+        """Pieces along a row, int32 [b, T], never falling: a new number is a new piece, and attention stops there."""
+
+    @property
+    def source_ids(self) -> Tensor:
+        """Which source each row comes from, int64 [b]."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. Losses are in nats.
+
+    loss: mean over the valid targets of the global batch.
+    loss_by_source: source id -> (sum of losses, valid targets); the sums add up to loss x valid_targets.
+    grad_norm: 2-norm of the whole gradient before clipping.
+    valid_targets: of the global batch.
+    updated: False when the loss or the gradient's norm was not finite, or no target was valid: then weights and
+        optimizer state are bit for bit what they were before.
+    reason: why there was no update; empty when there was one.
+    """
+
+    loss: float
+    loss_by_source: dict[int, tuple[float, int]]
+    grad_norm: float
+    valid_targets: int
+    updated: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """The precision that runs (fp64, fp32 or bf16) and why, in words with figures, for the log and the checkpoint."""
+
+    name: str
+    reason: str
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Trains one model. Tensors in and out of states have global names and whole shapes, whatever the layout."""
+
+    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
+        """One optimizer step over a global batch, at learning rate lr."""
+
+    def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
+        """Source id -> (sum of losses in nats, valid targets). Changes no state, random state included."""
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Master weights by parameter name: live tensors, to be read or copied before the next step."""
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over weights. CheckpointError names what is missing, unknown or of another shape."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Flat: "<parameter>/exp_avg", "<parameter>/exp_avg_sq", "<parameter>/step". Empty before the first step."""
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `optimizer_state` gave, bit for bit; an empty mapping resets."""
+
+    def reset_optimizer(self) -> None:
+        """Forgets moments and step counts, as at the start of a training stage that asks for a fresh optimizer."""
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """Random states by name, uint8."""
+
+    def load_rng_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `rng_state` gave."""
+
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, a tied head counted once."""
+
+    def describe(self) -> dict[str, str]:
+        """What runs, chosen once: engine, precision, attention, optimizer, threads, versions."""

@@ -1,0 +1,67 @@
+"""Master weights in float32 (or 64) and, for bfloat16, the copy that computes.
+
+The copy is cast once a step, not once a use; its gradients are added to the masters' in float32 after each microbatch.
+Norms are not copied: both models hold the same parameters, in the master's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron.models.decoder import Decoder
+from megatron.models.layers import Norm
+
+
+class MasterWeights:
+    """`parameters`: masters by name. `model`: what runs forward and backward."""
+
+    def __init__(self, master: Decoder, compute_dtype: torch.dtype) -> None:
+        self.parameters: dict[str, nn.Parameter] = dict(master.named_parameters())
+        self.model = master
+        self._wide: list[nn.Parameter] = []
+        self._narrow: list[nn.Parameter] = []
+        if any(p.dtype != compute_dtype for p in master.parameters()):
+            self.model = self._copy(master, compute_dtype)
+
+    def _copy(self, master: Decoder, dtype: torch.dtype) -> Decoder:
+        with torch.device("meta"):
+            copy = Decoder(master.shape, master.backend)
+        for prefix, module in copy.named_modules():
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                wide = self.parameters[f"{prefix}.{name}"]
+                if isinstance(module, Norm):
+                    setattr(module, name, wide)
+                    continue
+                narrow = nn.Parameter(wide.detach().to(dtype))
+                setattr(module, name, narrow)
+                self._wide.append(wide)
+                self._narrow.append(narrow)
+        return copy
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Casts the masters into the copy, after they have changed."""
+        if self._narrow:
+            torch._foreach_copy_(self._narrow, [p.detach() for p in self._wide])
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Adds the copy's gradients to the masters' and drops them, after each backward pass."""
+        for wide, narrow in zip(self._wide, self._narrow, strict=True):
+            if narrow.grad is None:
+                continue
+            if wide.grad is None:
+                wide.grad = narrow.grad.to(wide.dtype)
+            else:
+                wide.grad.add_(narrow.grad)
+            narrow.grad = None
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """The masters' gradients by name."""
+        return {name: parameter.grad for name, parameter in self.parameters.items()}
+
+    def drop_gradients(self) -> None:
+        """Forgets all gradients."""
+        for parameter in (*self.parameters.values(), *self._narrow):
+            parameter.grad = None

@@ -1,0 +1,1 @@
+"""Evaluation: tasks from held-out documents, and the bridge to lm-evaluation-harness."""

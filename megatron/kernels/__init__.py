@@ -1,0 +1,1 @@
+"""One operation a file: the eager definition that every faster backend must equal."""

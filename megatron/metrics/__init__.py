@@ -1,0 +1,1 @@
+"""Meters, sinks and the report."""

@@ -1,0 +1,75 @@
+"""What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron.config.quantities import format_count
+from megatron.metrics.meters import Smoothed
+from megatron.metrics.sinks import Row
+
+
+class Console:
+    """Shows rows, and says lines without breaking the bar. `total_tokens` is the length of the whole run."""
+
+    def __init__(self, every: int, terminal: bool | None = None) -> None:
+        self._every = every
+        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._bar: Any = None
+        self._seconds_per_token = Smoothed()
+        self._total = 0
+
+    def begin(self, total_tokens: int, consumed_tokens: int) -> None:
+        """Opens the bar at the resumed position."""
+        self._total = total_tokens
+        if self._terminal:
+            self._bar = tqdm(
+                total=total_tokens, initial=consumed_tokens, unit="tok", unit_scale=True, dynamic_ncols=True
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            tqdm.write(text)
+        else:
+            print(text, flush=True)
+
+    def write(self, row: Row) -> None:
+        """Shows a training row or a validation row."""
+        if "validation" in row:
+            self.say(f"step {row['step']}: validation {_losses(row['validation'])}")
+            return
+        tokens = row["tokens"]
+        pace = self._seconds_per_token.add(row["step_seconds"] / max(tokens, 1))
+        if row["skipped"]:
+            self.say(f"step {row['step']}: no update: {row['skip_reason']}")
+        if self._bar is not None:
+            self._bar.set_description_str(row["training_stage"], refresh=False)
+            self._bar.set_postfix_str(_numbers(row), refresh=False)
+            self._bar.update(row["consumed_tokens"] - self._bar.n)
+        elif row["step"] % self._every == 0 or row["step"] == 1:
+            left = time.strftime("%H:%M:%S", time.gmtime(pace * max(self._total - row["consumed_tokens"], 0)))
+            speed = format_count(round(1 / pace)) if pace else "?"
+            self.say(f"{row['training_stage']} step {row['step']}: {_numbers(row)}, {speed} tokens/s, {left} left")
+
+    def sync(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _numbers(row: Row) -> str:
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    return f"loss {loss} ({_losses(row['loss_by_source'])}), lr {row['lr']:.3g}"
+
+
+def _losses(by_source: Row) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in by_source.items() if value is not None)

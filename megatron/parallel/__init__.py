@@ -1,0 +1,1 @@
+"""Where ranks are and how random numbers are drawn."""

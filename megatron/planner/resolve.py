@@ -1,0 +1,129 @@
+"""From a config, and a ledger where the run has begun, to everything that decides the order of samples.
+
+The one place where sources, schedule, learning rate and past are put together; the plan, the witness of the mixture
+laws and the trainer all start here, so that none of them can see another order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.config.errors import CheckpointError
+from megatron.config.schema import RunConfig
+from megatron.data.ledger import Ledger
+from megatron.data.past import check_past, check_words, frozen_stages
+from megatron.data.samples import SampleStream
+from megatron.data.schedule import Schedule, facts_of, resolve_schedule
+from megatron.data.sources import OpenSource, TokenizerIdentity, open_sources
+from megatron.optim.lr import LRSchedule, resolve_lr
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run whose order of samples is decided. `events` are permitted changes since the ledger was written."""
+
+    sources: Mapping[str, OpenSource]
+    schedule: Schedule
+    lr: LRSchedule
+    ledger: Ledger
+    taken_cursors: Mapping[int, Ledger]
+    events: tuple[dict[str, Any], ...] = ()
+
+    def stream(self) -> SampleStream:
+        """The samples from the ledger's position on. It moves the ledger: make one stream of a resolved run."""
+        records = tuple(law.to_json() for law in self.lr.laws)
+        return SampleStream(self.schedule, self.sources, self.ledger, records, self.taken_cursors)
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where epoch indexes live: `data.cache`, or a folder beside the run's output that all runs there share."""
+    return Path(config.data.cache) if config.data.cache else Path(config.run.output).parent / "index-cache"
+
+
+def resolve_run(
+    config: RunConfig,
+    *,
+    ledger: Ledger | None = None,
+    tokenizer: TokenizerIdentity | None = None,
+    allow_lr_change: bool = False,
+) -> ResolvedRun:
+    """Opens the sources and resolves schedule and learning rate.
+
+    Args:
+        ledger: of the checkpoint that the run goes on from; None for a new run.
+        tokenizer: checked against every source's files where given.
+        allow_lr_change: permits another learning rate in a begun stage; it is recorded as an event.
+
+    Raises ConfigError, DataError, and ChangedPastError where the config contradicts the ledger.
+    """
+    if ledger is not None:
+        check_words(ledger, config.stages)
+    sources = open_sources(
+        config.sources,
+        seed=config.run.seed,
+        seq_length=config.model.seq_length,
+        holdout_fraction=config.validation.fraction,
+        cache_dir=cache_folder(config),
+        tokenizer=tokenizer,
+    )
+    sizes = {name: source.epoch_tokens for name, source in sources.items()}
+    taken = {
+        index: read_ledger(Path(section.take.cursors))
+        for index, section in enumerate(config.stages)
+        if section.take.cursors != "continue"
+    }
+    by_path = {config.stages[index].take.cursors: other for index, other in taken.items()}
+    schedule = resolve_schedule(
+        config.stages,
+        facts_of(config.sources, sizes),
+        seq_length=config.model.seq_length,
+        global_batch_size=config.train.global_batch_size,
+        run_tokens=config.train.tokens,
+        begun=frozen_stages(ledger) if ledger is not None else (),
+        taken=lambda path: {name: row.lifetime_tokens for name, row in by_path[path].sources.items()},
+    )
+    lr = resolve_lr(config.stages, schedule)
+    identity = tokenizer.fingerprint if tokenizer is not None else ""
+    validation = f"fraction {config.validation.fraction.normalize()}"
+    if ledger is None:
+        fresh = Ledger(seed=config.run.seed, tokenizer=identity, validation=validation)
+        return ResolvedRun(sources, schedule, lr, fresh, taken)
+    events = check_past(
+        ledger,
+        schedule,
+        seed=config.run.seed,
+        tokenizer=identity or ledger.tokenizer,
+        validation=validation,
+        identities={name: source.identity() for name, source in sources.items()},
+        lr=[law.to_json() for law in lr.laws],
+        allow_lr_change=allow_lr_change,
+    )
+    for event in events:
+        index = next(i for i, record in enumerate(ledger.stages) if record.name == event["stage"])
+        ledger.stages[index].lr = lr.laws[index].to_json()
+    ledger.events += events
+    return ResolvedRun(sources, schedule, lr, ledger, taken, tuple(events))
+
+
+def read_ledger(path: Path) -> Ledger:
+    """The ledger of a checkpoint folder, of a run folder's newest checkpoint, or of a state.json.
+
+    Raises CheckpointError.
+    """
+    file = path
+    if path.is_dir():
+        folders = sorted((path / "checkpoints").glob("step-*/manifest.json"))
+        file = (folders[-1].parent if folders else path) / "state.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return Ledger.from_json(record["data"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; name a checkpoint folder or a run folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: holds no ledger: {error!r}") from None

@@ -1,0 +1,101 @@
+"""The pieces inside a SentencePiece `.model` file, read without the protobuf package.
+
+The file is a protocol buffer; field 1, repeated, is a piece: 1 its text, 2 its score (float), 3 its kind (enum, 1 where
+absent), as sentencepiece_model.proto defines. Everything else in the file is skipped.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config.errors import DataError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the vocabulary; its id is its position. `kind_at` is the byte offset of its kind in the file."""
+
+    text: str
+    score: float
+    kind: int
+    kind_at: int | None
+
+
+def read_pieces(path: Path, content: bytes) -> list[Piece]:
+    """All pieces in the order of their ids. Raises DataError where the content is no SentencePiece model."""
+    try:
+        pieces = [
+            _read_piece(content, start, end)
+            for field, wire, start, end in _fields(content, 0, len(content))
+            if field == 1 and wire == _LENGTH
+        ]
+    except (ValueError, IndexError, struct.error):
+        pieces = []
+    if not pieces:
+        raise DataError(f"{path}: neither a SentencePiece model nor a Hugging Face tokenizer.json, or it was cut off")
+    return pieces
+
+
+def as_control(content: bytes, pieces: list[Piece]) -> bytes:
+    """The file's content with these pieces marked as control pieces, which text never matches."""
+    changed = bytearray(content)
+    for piece in pieces:
+        if piece.kind_at is None:
+            raise ValueError(f"piece {piece.text!r} states no kind")
+        changed[piece.kind_at] = CONTROL
+    return bytes(changed)
+
+
+def _read_piece(content: bytes, start: int, end: int) -> Piece:
+    text, score, kind, kind_at = "", 0.0, NORMAL, None
+    for field, wire, value_start, value_end in _fields(content, start, end):
+        if field == 1 and wire == _LENGTH:
+            text = content[value_start:value_end].decode("utf-8")
+        elif field == 2 and wire == _FIXED32:
+            (score,) = struct.unpack_from("<f", content, value_start)
+        elif field == 3 and wire == _VARINT:
+            kind, kind_at = content[value_start], value_start
+    return Piece(text, score, kind, kind_at)
+
+
+def _fields(content: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, wire type, start, end of its value) of each field of a message."""
+    at = start
+    while at < end:
+        key, at = _varint(content, at, end)
+        wire = key & 7
+        if wire == _VARINT:
+            stop = _varint(content, at, end)[1]
+        elif wire == _FIXED64:
+            stop = at + 8
+        elif wire == _FIXED32:
+            stop = at + 4
+        elif wire == _LENGTH:
+            length, at = _varint(content, at, end)
+            stop = at + length
+        else:
+            raise ValueError("unknown wire type")
+        if stop > end:
+            raise ValueError("a field runs over the end")
+        yield key >> 3, wire, at, stop
+        at = stop
+
+
+def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 64, 7):
+        if at >= end:
+            break
+        byte = content[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number runs over the end")

@@ -1,0 +1,73 @@
+"""Tokenizers kept in SentencePiece `.model` files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from megatron.config.errors import DataError
+from megatron.tokenizers.base import EOD_NAMES, fingerprint_of, looks_like_marker, no_eod_error, stated_eos, utf8_of
+from megatron.tokenizers.sentencepiece_model import BYTE, CONTROL, USER_DEFINED, as_control, read_pieces
+
+# SentencePiece writes a space as this character, and so reads the character back as a space.
+_SPACE_MARK = "\u2581"
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model of any type. Models with byte fallback and no normalisation give every text back exactly.
+
+    Two departures from the library, both so that text stays text: user-defined pieces that look like markers (`<sep>`)
+    are never matched, and U+2581 in a text is encoded as its three bytes where the model has bytes.
+    """
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self._path = path
+        pieces = read_pieces(path, content)
+        markers = [p for p in pieces if p.kind == USER_DEFINED and looks_like_marker(p.text)]
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(as_control(content, markers) if markers else content)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{path}: SentencePiece cannot read the model: {error}") from None
+        self.name = path.name
+        self.vocab_size = len(pieces)
+        self.eod_id = self._find_eod({p.text: i for i, p in enumerate(pieces) if p.kind in (CONTROL, USER_DEFINED)})
+        self.fingerprint = fingerprint_of("sentencepiece", content, self.eod_id)
+        byte_ids = {p.text: i for i, p in enumerate(pieces) if p.kind == BYTE}
+        mark_bytes = [byte_ids.get(f"<0x{byte:02X}>", -1) for byte in _SPACE_MARK.encode()]
+        adds_prefix = self._processor.EncodeAsPieces("a")[0].startswith(_SPACE_MARK)
+        self._mark_ids: list[int] | None = None if adds_prefix or -1 in mark_bytes else mark_bytes
+
+    def encode(self, text: str) -> list[int]:
+        if self._mark_ids is not None and _SPACE_MARK in text:
+            first, *others = text.split(_SPACE_MARK)
+            ids = self._encode(first)
+            for part in others:
+                ids += self._mark_ids
+                ids += self._encode(part)
+            return ids
+        return self._encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode([int(i) for i in ids]))
+
+    def files(self) -> list[Path]:
+        config = self._path.parent / "tokenizer_config.json"
+        return [self._path, *([config] if config.is_file() else [])]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._processor.encode(utf8_of(text), out_type=int) if text else []
+
+    def _find_eod(self, special: dict[str, int]) -> int:
+        if (eos := self._processor.eos_id()) >= 0:
+            return int(eos)
+        stated = stated_eos(self._path.parent)
+        for name in (*EOD_NAMES, *([stated] if stated else [])):
+            if name in special:
+                return special[name]
+        raise no_eod_error(self._path, ("the model's eos", *EOD_NAMES))

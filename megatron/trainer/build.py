@@ -1,0 +1,208 @@
+"""The composition root: the one place that knows every part of a run and puts them together."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
+from megatron.config.load import config_to_tables, config_to_toml
+from megatron.config.model_shape import ModelShape, resolve_model
+from megatron.config.quantities import format_count
+from megatron.config.schema import RunConfig
+from megatron.data.ledger import Ledger
+from megatron.data.loader import BatchLoader, validation_batches
+from megatron.data.native import backend_name
+from megatron.data.sources import TokenizerIdentity
+from megatron.engines.base import Engine, PrecisionChoice
+from megatron.engines.build import build_engine
+from megatron.engines.precision import choose_precision
+from megatron.metrics.console import Console
+from megatron.metrics.meters import StepClock
+from megatron.metrics.sinks import JsonlSink, Sink
+from megatron.planner.resolve import ResolvedRun, resolve_run
+from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.load import load_tokenizer
+from megatron.trainer.hooks import Checkpoint, Log, StopWhereNothingIsLearnt, Validate
+from megatron.trainer.loop import Run
+from megatron.trainer.resume import Start, check_shape, find_checkpoint, settle
+from megatron.trainer.run_folder import RunFolder
+from megatron.trainer.saving import Saver, constants_of, files_of
+from megatron.trainer.state import TrainerState
+from megatron.trainer.takeover import StageStart, check_takes
+
+
+@dataclass
+class Built:
+    """A run that is ready for its first step. `close` ends what it opened."""
+
+    run: Run
+    loader: BatchLoader
+    sinks: list[Sink]
+    samples: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of the schedule is consumed."""
+        return self.run.state.consumed_samples >= self.samples
+
+    def close(self) -> None:
+        """Ends the loader's thread and closes the sinks."""
+        self.loader.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+@dataclass(frozen=True)
+class ResolvedTimeline:
+    """What the loop asks, answered by the resolved schedule and learning rate."""
+
+    resolved: ResolvedRun
+    ends: frozenset[int]
+
+    def learning_rate(self, consumed_tokens: int) -> float:
+        """The rate of the step that ends when so many tokens are consumed."""
+        return self.resolved.lr.rate(consumed_tokens)
+
+    def ends_training_stage(self, consumed_samples: int) -> bool:
+        """Whether a training stage ends there."""
+        return consumed_samples in self.ends
+
+
+def build(
+    config: RunConfig,
+    start: Start,
+    allow_lr_change: bool,
+    folder: RunFolder,
+    state: TrainerState,
+    console: Console,
+    stop_requested: Callable[[], bool],
+) -> Built | None:
+    """The run of a config, at the position that its folder says; `state` is filled in. None: it is complete.
+
+    Every check that can be made before training is made here, before anything in the folder is moved.
+    Raises every StagemixError but NonFiniteError.
+    """
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    manager = CheckpointManager(folder.checkpoints, config.checkpoint.keep)
+    found = find_checkpoint(start, folder, manager, console.say)
+    resolved = _resolve(config, tokenizer, found, allow_lr_change)
+    if found:
+        vars(state).update(vars(TrainerState.from_json(found.state)))
+    if state.consumed_samples >= resolved.schedule.samples:
+        return None
+    check_takes(config.stages[len(resolved.ledger.stages) :])
+    shape = resolve_model(
+        config.model, tokenizer.vocab_size, max(stage.seq_length for stage in resolved.schedule.stages)
+    )
+    if found:
+        check_shape(found, shape)
+    precision = _precision(config, shape, found)
+    engine = _engine(config, shape, precision, found)
+    settle(found, folder, manager, console.say)
+    folder.write("config.toml", config_to_toml(config))
+    run_id = found.state["run_id"] if found else uuid.uuid4().hex[:12]
+    sinks = _sinks(config, folder, state, console, run_id)
+    constants = constants_of(run_id, shape.to_json(), precision, tokenizer, resolved)
+    files = files_of(config_to_toml(config), tokenizer)
+    saver = Saver(manager, state, engine, sinks, constants, resolved, files)
+    for line in description(config, resolved, engine, precision, found, state):
+        console.say(line)
+    console.begin(resolved.schedule.tokens, state.consumed_tokens)
+    begin = StageStart(config.stages, shape, engine, state, config.run.seed, console.say)
+    return _assemble(config, resolved, saver, begin, stop_requested)
+
+
+def _assemble(
+    config: RunConfig,
+    resolved: ResolvedRun,
+    saver: Saver,
+    begin_training_stage: Callable[[str], None],
+    stop_requested: Callable[[], bool],
+) -> Built:
+    """The loop's pieces around what the saver already holds: state, engine, sinks."""
+    train, validation, names = config.train, config.validation, sorted(resolved.sources)
+    state, engine, sinks, clock = saver.state, saver.engine, saver.sinks, StepClock()
+    held_out = validation_batches(resolved.sources, config.model.seq_length, train.micro_batch_size, validation.samples)
+    loader = BatchLoader(resolved.stream(), resolved.sources, train.micro_batch_size, config.data.prefetch)
+    run = Run(
+        state=state,
+        engine=engine,
+        batches=loader,
+        timeline=ResolvedTimeline(resolved, frozenset(stage.end_sample for stage in resolved.schedule.stages)),
+        begin_training_stage=begin_training_stage,
+        stop_requested=stop_requested,
+        hooks=[
+            Log(sinks, names, clock),
+            Validate(validation.every, engine, held_out, names, sinks, clock),
+            StopWhereNothingIsLearnt(train.max_non_finite, saver.manager.newest_name),
+            Checkpoint(config.checkpoint.every, saver, clock),
+        ],
+        clock=clock,
+    )
+    return Built(run, loader, list(sinks), resolved.schedule.samples)
+
+
+def _resolve(
+    config: RunConfig, tokenizer: Tokenizer, found: CheckpointRef | None, allow_lr_change: bool
+) -> ResolvedRun:
+    identity = TokenizerIdentity(tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size)
+    ledger = Ledger.from_json(found.state["data"]) if found else None
+    return resolve_run(config, ledger=ledger, tokenizer=identity, allow_lr_change=allow_lr_change)
+
+
+def _engine(config: RunConfig, shape: ModelShape, precision: PrecisionChoice, found: CheckpointRef | None) -> Engine:
+    engine = build_engine(shape, config.optimizer, config.parallel, config.train, config.run.seed, precision.name)
+    if found:
+        engine.load_model_state(found.model())
+        engine.load_optimizer_state(found.optimizer())
+        engine.load_rng_state(found.rng())
+    return engine
+
+
+def description(
+    config: RunConfig,
+    resolved: ResolvedRun,
+    engine: Engine,
+    precision: PrecisionChoice,
+    found: CheckpointRef | None,
+    state: TrainerState,
+) -> list[str]:
+    """What runs, in the words that are printed once at the start (law T3)."""
+    schedule = resolved.schedule
+    stages = ", ".join(f"{s.name} {format_count(s.tokens)}" for s in schedule.stages)
+    where = f"goes on from {found.path} (step {state.step} of {schedule.steps})" if found else "begins at step 0"
+    lines = [
+        f"run {config.run.name} {where}",
+        f"  {format_count(engine.parameter_count())} parameters, {schedule.steps} steps, "
+        f"{format_count(schedule.tokens)} tokens in {len(schedule.stages)} training stages: {stages}",
+        f"  precision {precision.name}: {precision.reason}",
+        f"  data index: {backend_name()}",
+    ]
+    lines += [f"  {key}: {value}" for key, value in engine.describe().items() if key != "precision"]
+    lines += [f"  note: stage {s.name!r}: {note}" for s in schedule.stages for note in s.notes]
+    return lines + [f"  note: {event['event']} in stage {event['stage']!r}" for event in resolved.events]
+
+
+def _precision(config: RunConfig, shape: ModelShape, found: CheckpointRef | None) -> PrecisionChoice:
+    """What was measured at step 0 is kept for the whole run (law T2)."""
+    asked = config.train.precision
+    if found and asked in ("auto", found.state["precision"]["name"]):
+        return PrecisionChoice(**found.state["precision"])
+    return choose_precision(asked, shape, config.train.micro_batch_size, config.model.seq_length)
+
+
+def _sinks(config: RunConfig, folder: RunFolder, state: TrainerState, console: Console, run_id: str) -> list[Sink]:
+    sinks: list[Sink] = [JsonlSink(folder.metrics), console]
+    if config.log.tensorboard:
+        from megatron.metrics.tensorboard_sink import TensorBoardSink
+
+        sinks.append(TensorBoardSink(folder.path / "tensorboard", state.step + 1))
+    if config.log.wandb_project:
+        from megatron.metrics.wandb_sink import WandbSink
+
+        tables: dict[str, Any] = config_to_tables(config)
+        sinks.append(WandbSink(config.log.wandb_project, config.run.name, run_id, tables))
+    return sinks

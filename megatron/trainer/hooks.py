@@ -1,0 +1,145 @@
+"""What happens after a step: log it, validate, stop where losses are no numbers, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron.config.errors import NonFiniteError
+from megatron.engines.base import Engine, MicrobatchLike
+from megatron.metrics.meters import StepClock
+from megatron.metrics.sinks import Row, Sink
+from megatron.trainer.state import Step
+
+ASIDE = ("validation", "checkpoint")
+"""Time spent on these is reported under its own name and left out of step_seconds."""
+
+
+class Log:
+    """Writes one row a step to every sink. `sources`: the source names, by source id."""
+
+    def __init__(self, sinks: Sequence[Sink], sources: Sequence[str], clock: StepClock) -> None:
+        self._sinks = sinks
+        self._sources = sources
+        self._clock = clock
+
+    def __call__(self, step: Step) -> None:
+        """Logs `step`."""
+        row = self._what_was_learnt(step) | self._what_it_took(step)
+        for sink in self._sinks:
+            sink.write(row)
+
+    def _what_was_learnt(self, step: Step) -> Row:
+        state, result = step.state, step.result
+        losses = {self._sources[source]: mean(*sums) for source, sums in sorted(result.loss_by_source.items())}
+        row = {
+            "step": state.step,
+            "training_stage": state.training_stage,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            "loss": result.loss,
+            "loss_by_source": losses,
+            "lr": step.lr,
+            "grad_norm": result.grad_norm,
+            "skipped": not result.updated,
+            "skipped_total": state.skipped,
+            "valid_targets": result.valid_targets,
+            "samples_by_source": step.batch.samples_by_source,
+            "batch_digest": step.batch.digest,
+        }
+        return row if result.updated else {**row, "skip_reason": result.reason}
+
+    def _what_it_took(self, step: Step) -> Row:
+        spent = self._clock.lap()
+        aside = {f"{name}_seconds": round(spent[name], 6) for name in ASIDE if name in spent}
+        seconds = spent["step"] - sum(spent.get(name, 0.0) for name in ASIDE)
+        step.state.seconds += seconds
+        return {
+            "tokens": step.batch.tokens,
+            "tokens_per_second": round(step.batch.tokens / max(seconds, 1e-9), 3),
+            "step_seconds": round(seconds, 6),
+            "engine_seconds": round(spent.get("engine", 0.0), 6),
+            "data_seconds": round(spent.get("data", 0.0), 6),
+            **aside,
+        }
+
+
+class Validate:
+    """Evaluates held-out samples by source every `every` steps and at the end of each training stage."""
+
+    def __init__(
+        self,
+        every: int,
+        engine: Engine,
+        microbatches: Sequence[MicrobatchLike],
+        sources: Sequence[str],
+        sinks: Sequence[Sink],
+        clock: StepClock,
+    ) -> None:
+        self._every = every
+        self._engine = engine
+        self._microbatches = microbatches
+        self._sources = sources
+        self._sinks = sinks
+        self._clock = clock
+
+    def __call__(self, step: Step) -> None:
+        """Evaluates where it is time to."""
+        if self._microbatches and (step.state.step % self._every == 0 or step.ends_training_stage):
+            with self._clock.spending("validation"):
+                sums = self._engine.evaluate(self._microbatches)
+            state = step.state
+            row = {
+                "step": state.step,
+                "training_stage": state.training_stage,
+                "consumed_samples": state.consumed_samples,
+                "consumed_tokens": state.consumed_tokens,
+                "validation": {self._sources[source]: mean(*sums[source]) for source in sorted(sums)},
+            }
+            for sink in self._sinks:
+                sink.write(row)
+
+
+class StopWhereNothingIsLearnt:
+    """Ends the run after `limit` steps in a row without an update."""
+
+    def __init__(self, limit: int, newest_checkpoint: Callable[[], str]) -> None:
+        self._limit = limit
+        self._newest = newest_checkpoint
+
+    def __call__(self, step: Step) -> None:
+        """Raises NonFiniteError at the limit."""
+        state = step.state
+        if state.skipped_in_row >= self._limit:
+            raise NonFiniteError(
+                f"step {state.step}: {state.skipped_in_row} steps in a row without an update "
+                f"(train.max_non_finite = {self._limit}); the last: {step.result.reason or 'loss not finite'}. "
+                f"The newest checkpoint is {self._newest()}. Lower the learning rate or optimizer.clip_grad_norm, set "
+                "train.precision to fp32, or look at the last batch with tools/inspect_data.py "
+                f"--samples {state.consumed_samples - step.batch.samples}:{state.consumed_samples}"
+            )
+
+
+class Checkpoint:
+    """Saves every `every` steps, at the end of each training stage (kept for good) and when the run stops.
+
+    While steps go without an update nothing that could wait is saved, and nothing older is deleted: the last good
+    checkpoints must not be pushed out by a run that has gone wrong.
+    """
+
+    def __init__(self, every: int, save: Callable[[bool, bool], None], clock: StepClock) -> None:
+        self._every = every
+        self._save = save
+        self._clock = clock
+
+    def __call__(self, step: Step) -> None:
+        """Calls save(keep_forever, retire) where it is time to."""
+        learning = step.state.skipped_in_row == 0
+        due = step.state.step % self._every == 0 and learning
+        if due or step.ends_training_stage or step.stopping:
+            with self._clock.spending("checkpoint"):
+                self._save(step.ends_training_stage, learning)
+
+
+def mean(total: float, count: int) -> float | None:
+    """total / count; None of nothing."""
+    return total / count if count else None

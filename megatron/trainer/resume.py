@@ -1,0 +1,95 @@
+"""Where a run goes on from, and making its folder agree with that before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.checkpoint.manager import CheckpointManager, CheckpointRef, open_checkpoint
+from megatron.config.errors import ChangedPastError, CheckpointError, ConfigError
+from megatron.config.model_shape import ModelShape
+from megatron.metrics.sinks import cut_after
+from megatron.trainer.run_folder import RunFolder
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a start was asked for. Without either: the newest whole checkpoint, or step 0 where there is none."""
+
+    fresh: bool = False
+    resume_from: Path | None = None
+
+
+def find_checkpoint(start: Start, folder: RunFolder, manager: CheckpointManager, say: Say) -> CheckpointRef | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises CheckpointError where the one asked for is damaged or no checkpoint is whole, ConfigError for a fresh start
+    in an occupied folder and for a foreign checkpoint in one.
+    """
+    if start.fresh:
+        folder.refuse_occupied()
+        return None
+    if start.resume_from is None:
+        return manager.newest_whole(say)
+    if not _is_own(start.resume_from, manager) and manager.steps():
+        raise ConfigError(
+            f"--resume-from {start.resume_from}: is not of this run, and {folder.path} already holds checkpoints of "
+            "its own: set run.output to another folder"
+        )
+    return open_checkpoint(start.resume_from)
+
+
+def check_shape(found: CheckpointRef, shape: ModelShape) -> None:
+    """Raises ChangedPastError that names each field in which the model differs from the checkpoint's."""
+    then, now = found.state["model"], shape.to_json()
+    # A longer training stage may be added later: the length limit is no weight.
+    names = sorted((then.keys() | now.keys()) - {"max_position_embeddings"})
+    differences = [
+        f"{name} was {then.get(name)} and is now {now.get(name)}" for name in names if then.get(name) != now.get(name)
+    ]
+    if differences:
+        raise ChangedPastError(
+            f"{found.path}: the config's model is not the one that was trained: {'; '.join(differences)}: "
+            "put it back, or start another run in another run.output"
+        )
+
+
+def settle(found: CheckpointRef | None, folder: RunFolder, manager: CheckpointManager, say: Say) -> None:
+    """Sets aside what lies beyond the checkpoint that the run goes on from: rows of metrics, and newer checkpoints
+    where an older one was asked for by name. Nothing is deleted. A foreign checkpoint becomes the run's first."""
+    step = found.step if found else 0
+    for number, path in manager.steps():
+        if number > step and manager.is_whole_as_far_as_known(path):
+            say(f"set aside {path} as {manager.set_aside(path)}: the run goes on from step {step}")
+    if rows := cut_after(folder.metrics, step):
+        say(f"set aside {rows} rows of metrics beyond step {step} in {folder.path / 'metrics.discarded.jsonl'}")
+    if found and not _is_own(found.path, manager):
+        # Else a kill before the first save would start the run over from nothing.
+        extra = {
+            str(path.relative_to(found.path)): path
+            for path in found.path.rglob("*")
+            if path.is_file() and path.suffix != ".safetensors" and path.name not in ("manifest.json", "state.json")
+        }
+        manager.save(step, found.model(), found.optimizer(), found.rng(), found.state, extra, keep_forever=True)
+    if found and step and not folder.metrics.exists():
+        say(f"note: {folder.metrics} is not there: rows up to step {step} are missing from it")
+
+
+def whole_checkpoint_at(path: Path) -> CheckpointRef:
+    """The checkpoint that a user means by a path: a checkpoint folder, or a run's folder and its newest whole one.
+
+    Raises CheckpointError.
+    """
+    if (path / "checkpoints").is_dir():
+        found = CheckpointManager(path / "checkpoints").newest_whole(lambda _: None)
+        if found is None:
+            raise CheckpointError(f"{path}: holds no checkpoint yet")
+        return found
+    return open_checkpoint(path)
+
+
+def _is_own(path: Path, manager: CheckpointManager) -> bool:
+    return path.resolve().parent == manager.folder.resolve()

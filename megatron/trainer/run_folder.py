@@ -1,0 +1,74 @@
+"""The run's folder: who may write there, what it holds, and the record of how the process ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.storage import io_errors, sync_file
+from megatron.config.errors import ConfigError
+
+
+class RunFolder:
+    """OUTPUT and the paths in it."""
+
+    def __init__(self, output: str | Path) -> None:
+        self.path = Path(output)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.exit_record = self.path / "exit.json"
+        self._lock: int | None = None
+
+    def open(self) -> None:
+        """Makes the folder, claims it for this process until it ends, and removes the last exit record.
+
+        Raises ConfigError where another process trains there, StorageError where it cannot be written.
+        """
+        with io_errors(self.path, "create the folder"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConfigError(
+                f"{self.path}: another process is training there: wait for it, stop it, or set run.output elsewhere"
+            ) from None
+        except OSError as error:
+            # Some network file systems have no locks; then nothing but the user keeps two runs apart.
+            print(f"note: {self.path}: cannot be locked ({error.strerror}): start no second run there", flush=True)
+        self.exit_record.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Gives the folder back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def refuse_occupied(self) -> None:
+        """Raises ConfigError where a run has already written here; `--fresh` asks for this."""
+        for path in (self.metrics, self.checkpoints):
+            if path.exists() and (path.stat().st_size if path.is_file() else any(path.iterdir())):
+                raise ConfigError(
+                    f"--fresh: {self.path} already holds a run ({path.name}): set run.output to another folder, "
+                    "remove it yourself, or leave out --fresh to resume"
+                )
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces one file in one rename. Raises StorageError."""
+        path = self.path / name
+        aside = path.with_name(f".{name}.tmp")
+        with io_errors(path, "write"):
+            aside.write_text(text, encoding="utf-8")
+            sync_file(aside)
+            os.replace(aside, path)
+            sync_file(self.path)
+
+    def record_exit(self, code: int, reason: str, progress: dict[str, Any]) -> None:
+        """Writes exit.json, which launchers read: a launcher of several processes may hide the exit code itself."""
+        record = {"code": code, "reason": reason, **progress, "time": time.time(), "pid": os.getpid()}
+        self.write(self.exit_record.name, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,75 @@
+"""What a checkpoint of a run holds besides tensors, and the act of saving one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.manager import CheckpointManager
+from megatron.config.version import VERSION
+from megatron.engines.base import Engine, PrecisionChoice
+from megatron.metrics.sinks import Sink
+from megatron.planner.resolve import ResolvedRun
+from megatron.tokenizers.base import Tokenizer
+from megatron.trainer.state import TrainerState
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Saves the run as it stands. Called with (keep_forever, retire)."""
+
+    manager: CheckpointManager
+    state: TrainerState
+    engine: Engine
+    sinks: Sequence[Sink]
+    constants: Mapping[str, Any]
+    resolved: ResolvedRun
+    files: Mapping[str, bytes | Path]
+
+    def __call__(self, keep_forever: bool, retire: bool) -> None:
+        """Makes the metrics durable, then the checkpoint: a published checkpoint never lacks rows up to its step."""
+        for sink in self.sinks:
+            sink.sync()
+        engine = self.engine
+        self.manager.save(
+            self.state.step,
+            engine.model_state(),
+            engine.optimizer_state(),
+            engine.rng_state(),
+            {**self.constants, **self.state.to_json(), "lr": self.resolved.lr.rate(self.state.consumed_tokens)},
+            self.files,
+            keep_forever,
+            retire,
+        )
+
+
+def constants_of(
+    run_id: str, shape: dict[str, Any], precision: PrecisionChoice, tokenizer: Tokenizer, resolved: ResolvedRun
+) -> dict[str, Any]:
+    """The part of `state.json` that does not change from step to step."""
+    stages = resolved.schedule.stages
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "run_id": run_id,
+        "model": shape,
+        "precision": asdict(precision),
+        "tokenizer": {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id,
+            "files": [f"tokenizer/{path.name}" for path in tokenizer.files()],
+        },
+        "schedule": [{"name": s.name, "steps": s.steps, "samples": s.samples, "tokens": s.tokens} for s in stages],
+    }
+
+
+def files_of(config_toml: str, tokenizer: Tokenizer) -> dict[str, bytes | Path]:
+    """The files kept in every checkpoint, by their path in it, as they are now."""
+    tokenizer_files = {f"tokenizer/{path.name}": path.read_bytes() for path in tokenizer.files()}
+    return {"config.toml": config_toml.encode(), **tokenizer_files}

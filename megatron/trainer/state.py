@@ -1,0 +1,95 @@
+"""Where a run stands: a few numbers and the data position. Everything else is in the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from megatron.engines.base import MicrobatchLike, StepResult
+
+
+class BatchLike(Protocol):
+    """A global batch as the loader gives it."""
+
+    @property
+    def microbatches(self) -> Sequence[MicrobatchLike]:
+        """The samples, in order, a few at a time."""
+
+    @property
+    def training_stage(self) -> str:
+        """Name of the training stage that it belongs to."""
+
+    @property
+    def samples(self) -> int:
+        """Sequences in it."""
+
+    @property
+    def tokens(self) -> int:
+        """Input positions in it."""
+
+    @property
+    def digest(self) -> str:
+        """64 bits over its token ids and their places, in hexadecimal."""
+
+    @property
+    def samples_by_source(self) -> Mapping[str, int]:
+        """Sequences of each source."""
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """The data position after it, as JSON values."""
+
+
+@dataclass
+class TrainerState:
+    """What `state.json` of a checkpoint restores.
+
+    step: optimizer steps taken, skipped ones included; the first batch makes it 1.
+    training_stage: the one that the last batch belonged to; empty before the first.
+    data: the data position after the last batch, as the data package wrote it.
+    skipped, skipped_in_row: steps without an update, over the whole run and up to now without a break.
+    seconds: time spent in steps over the whole run, all resumes together.
+    taken: what training stages took over from elsewhere, by stage name: {"weights": path, …}.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    training_stage: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
+    skipped_in_row: int = 0
+    seconds: float = 0.0
+    taken: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def advance(self, batch: BatchLike, result: StepResult) -> None:
+        """Counts a step that trained on `batch`."""
+        self.step += 1
+        self.consumed_samples += batch.samples
+        self.consumed_tokens += batch.tokens
+        self.training_stage = batch.training_stage
+        self.data = batch.position
+        self.skipped += not result.updated
+        self.skipped_in_row = 0 if result.updated else self.skipped_in_row + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> TrainerState:
+        """The state that `to_json` wrote, found among the other keys of `state.json`."""
+        return cls(**{name: record[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was just taken, as hooks see it."""
+
+    state: TrainerState
+    batch: BatchLike
+    result: StepResult
+    lr: float
+    ends_training_stage: bool
+    stopping: bool

@@ -1,0 +1,103 @@
+"""What a training stage takes over at its start: weights, optimizer and cursors, each by itself (`[[stages]] take`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron.config.errors import CheckpointError, ConfigError
+from megatron.config.model_shape import ModelShape
+from megatron.config.schema import StageSection
+from megatron.engines.base import Engine
+from megatron.hf.import_weights import load_hf_weights, tensor_files
+from megatron.models.decoder import Decoder
+from megatron.models.initialise import initialise
+from megatron.trainer.resume import Say, whole_checkpoint_at
+from megatron.trainer.state import TrainerState
+
+KEEP = ("continue", "fresh")
+
+
+class StageStart:
+    """Called with a stage's name when its first step is about to be taken.
+
+    `seed` gives the weights of step 0 again. Cursors are the data package's business; here they are only
+    put on record.
+    """
+
+    def __init__(
+        self,
+        sections: Sequence[StageSection],
+        shape: ModelShape,
+        engine: Engine,
+        state: TrainerState,
+        seed: int,
+        say: Say,
+    ) -> None:
+        self._sections = {section.name: section for section in sections}
+        self._shape = shape
+        self._engine = engine
+        self._state = state
+        self._seed = seed
+        self._say = say
+
+    def __call__(self, name: str) -> None:
+        """Begins the training stage `name`."""
+        take = self._sections[name].take
+        asked = {key: value for key, value in take.model_dump().items() if value != "continue"}
+        words = f": {', '.join(f'{key} from {value}' for key, value in asked.items())}" if asked else ""
+        self._say(f"training stage {name} begins at step {self._state.step + 1}{words}")
+        # Weights first: an engine may derive its optimizer's masters from them.
+        if take.weights != "continue":
+            self._engine.load_model_state(self._weights(take.weights))
+        if take.optimizer == "fresh":
+            self._engine.reset_optimizer()
+        elif take.optimizer != "continue":
+            self._engine.load_optimizer_state(whole_checkpoint_at(Path(take.optimizer)).optimizer())
+        if asked:
+            self._state.taken[name] = asked
+
+    def _weights(self, words: str) -> Mapping[str, Tensor]:
+        if words == "fresh":
+            return initial_weights(self._shape, self._seed)
+        path = Path(words)
+        if is_hugging_face(path):
+            return load_hf_weights(path, self._shape)
+        return whole_checkpoint_at(path).model()
+
+
+def check_takes(sections: Sequence[StageSection]) -> None:
+    """Looks at everything that the stages yet to begin will take over, so that a mistake is found before training.
+
+    Raises CheckpointError or ConfigError that names the stage.
+    """
+    for section in sections:
+        for key, words in section.take.model_dump().items():
+            if words in KEEP:
+                continue
+            path = Path(words)
+            where = f"stage {section.name!r}: take.{key} = {words!r}"
+            if not path.is_dir():
+                raise ConfigError(f"{where}: no such folder: give a checkpoint folder or a run's output folder")
+            try:
+                if is_hugging_face(path) and key == "weights":
+                    tensor_files(path)
+                else:
+                    whole_checkpoint_at(path)
+            except CheckpointError as error:
+                raise CheckpointError(f"{where}: {error}") from None
+
+
+def initial_weights(shape: ModelShape, seed: int) -> Mapping[str, Tensor]:
+    """The weights of step 0, whatever the layout and however far the run is."""
+    model = Decoder(shape)
+    initialise(model, seed)
+    weights: Mapping[str, Tensor] = model.state_dict()
+    return weights
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder is an exported model rather than a checkpoint or a run."""
+    return (path / "config.json").is_file() and not (path / "manifest.json").exists()

@@ -1,0 +1,134 @@
+"""The config file: read exactly, written back equal, and wrong keys named with their place and the nearest right one."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from megatron.config.errors import ConfigError
+from megatron.config.load import config_to_tables, config_to_toml, json_schema, load_config
+from megatron.config.quantities import format_count, parse_count, parse_quantity
+
+TEXT = """\
+[run]
+name = "r"
+output = "out"
+
+[tokenizer]
+path = "bytes"
+
+[model]
+preset = "llama-1b"
+seq_length = 64
+
+[sources.python]
+group = "code"
+data = ["p"]
+
+[sources.web]
+tokens = "5B"
+
+[train]
+global_batch_size = 8
+
+[[stages]]
+name = "one"
+tokens = "1M"
+mixture = { code = 0.1, web = 0.9 }
+lr = { peak = 3e-4, warmup = "500 steps" }
+
+[[stages]]
+name = "two"
+steps = 10
+mixture = { web = 1 }
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_weights_are_exact_decimals(file: Path) -> None:
+    config = load_config(file)
+    assert config.stages[0].mixture == {"code": Decimal("0.1"), "web": Decimal("0.9")}
+    assert load_config(file, ["stages.two.mixture={web=0.30, code=0.1}"]).stages[1].mixture == {
+        "web": Decimal("0.30"),
+        "code": Decimal("0.1"),
+    }
+
+
+def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> None:
+    config = load_config(file)
+    again = tmp_path / "again.toml"
+    again.write_text(config_to_toml(config))
+    assert load_config(again) == config
+    assert json.loads(json.dumps(config_to_tables(config)))["train"]["global_batch_size"] == 8
+
+
+def test_overrides_reach_tables_lists_and_names(file: Path) -> None:
+    config = load_config(file, ["train.micro_batch_size=4", "stages.two.steps=7", "stages.0.name=uno", "run.name=other"])
+    assert (config.train.micro_batch_size, config.stages[1].steps) == (4, 7)
+    assert (config.stages[0].name, config.run.name) == ("uno", "other")
+
+
+def test_the_schema_describes_every_table() -> None:
+    schema = json_schema()
+    assert {"run", "sources", "stages", "train", "parallel"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("global_batch_size", "global_bach_size", r"run.toml:20: unknown key train.global_bach_size: .*'global_batch_size'"),
+        ("steps = 10", "stepz = 10", r"run.toml:30: unknown key stages.1.stepz: did you mean 'steps'"),
+        ("web = 0.9", "web = -0.9", r"run.toml:25: stages.0.mixture.web = -0.9: .*greater than or equal to 0"),
+        ('tokens = "5B"', 'tokens = "5X"', r'run.toml:17: sources.web.tokens = "5X": .* is not a quantity'),
+        ('tokens = "5B"', "", "sources.web: needs data"),
+        ('name = "two"', 'name = "one"', "'one' is used twice"),
+        ("seq_length = 64", "", "model.seq_length is missing"),
+        ("[run]", "[run", "not valid TOML"),
+    ],
+)
+def test_B1_a_wrong_key_is_named_with_its_line_and_remedy(file: Path, old: str, new: str, words: str) -> None:
+    file.write_text(TEXT.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(file)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.micro_bach_size=4", "unknown key train.micro_bach_size"),
+        ("train.micro_batch_size", "write KEY=VALUE"),
+        ("stages.three.steps=1", "no entry 'three'; there are one, two"),
+        ("run.name.x=1", "nothing lies below|is a value"),
+    ],
+)
+def test_B1_a_wrong_override_is_named(file: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(file, [override])
+
+
+def test_B1_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing.toml: no such config file"):
+        load_config(tmp_path / "nothing.toml")
+
+
+def test_quantities() -> None:
+    assert parse_count("1.5K") == 1500 and parse_count("2T") == 2 * 10**12 and parse_count(7) == 7
+    assert parse_count("1_000") == 1000
+    quantity = parse_quantity("500 steps")
+    assert quantity.in_tokens(tokens_per_step=10, seq_length=5, stage_tokens=1) == 5000
+    assert parse_quantity("2%").in_tokens(tokens_per_step=1, seq_length=1, stage_tokens=1000) == 20
+    for wrong in ("5X", "-3", "", "1.5", True, None, 1.5):
+        with pytest.raises(ValueError, match=r"quantity|whole|negative"):
+            parse_count(wrong)
+    assert [format_count(n) for n in (0, 999, 1234, 5 * 10**9)] == ["0", "999", "1.23K", "5B"]

@@ -1,0 +1,119 @@
+"""How a training stage's words become whole batches and exact weights, and every way to say it wrong."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from megatron.config.errors import ConfigError
+from megatron.config.schema import StageSection
+from megatron.data.schedule import Schedule, resolve_schedule
+from megatron.data.stage_resolution import SourceFacts
+
+FACTS = {
+    "python": SourceFacts("code", 3_000_000, Decimal(4), "error"),
+    "rust": SourceFacts("code", 1_000_000, Decimal(4), "error"),
+    "web": SourceFacts("text", 12_000_000, Decimal(4), "error"),
+}
+
+
+def resolve(*stages: dict[str, Any], **over: Any) -> Schedule:
+    tables = [{"name": f"s{i}"} | stage for i, stage in enumerate(stages)]
+    sections = [StageSection.model_validate(table) for table in tables]
+    return resolve_schedule(sections, FACTS, **({"seq_length": 100, "global_batch_size": 10} | over))
+
+
+def shares(schedule: Schedule, stage: int = 0) -> dict[str, Fraction]:
+    weights = schedule.stages[stage].weights
+    return {name: weights.weight(name, 0) for name in weights.sources}
+
+
+def test_groups_are_flattened_by_size() -> None:
+    schedule = resolve({"steps": 5, "mixture": {"code": Decimal("0.4"), "text": Decimal("0.6")}})
+    assert shares(schedule) == {"python": Fraction(3, 10), "rust": Fraction(1, 10), "web": Fraction(3, 5)}
+
+
+def test_weights_are_normalised_and_said_so() -> None:
+    schedule = resolve({"steps": 5, "mixture": {"python": Decimal("1.00565"), "web": 1}})
+    assert any("sum to 2.00565: normalised" in note for note in schedule.stages[0].notes)
+    assert sum(shares(schedule).values()) == 1
+
+
+def test_absolute_tokens_are_met_to_the_sample() -> None:
+    schedule = resolve({"mixture_tokens": {"web": "1.8M", "code": "200K"}})
+    stage = schedule.stages[0]
+    assert stage.samples == 20_000
+    assert stage.counts == {"python": 1500, "rust": 500, "web": 18_000}
+
+
+def test_epochs_of_each_source() -> None:
+    schedule = resolve({"mixture_epochs": {"python": 2, "web": Decimal("0.5")}})
+    assert schedule.stages[0].counts == {"python": 60_000, "web": 60_000}
+
+
+def test_as_long_as_it_takes_to_see_a_source_twice() -> None:
+    schedule = resolve({"epochs": {"source": "rust", "count": 2}, "mixture": {"rust": 1, "web": 3}})
+    assert schedule.stages[0].counts == {"rust": 20_000, "web": 60_000}
+
+
+def test_lengths_round_to_the_nearest_whole_batch_and_at_least_one() -> None:
+    mixture = {"mixture": {"web": 1}}
+    lengths = [1, 1499, 1500, 2500]
+    schedule = resolve(*[{"tokens": length} | mixture for length in lengths])
+    assert [stage.steps for stage in schedule.stages] == [1, 1, 2, 3]
+    assert "1 tokens asked, 1,000 given: 1 whole batches" in schedule.stages[0].notes
+
+
+def test_a_share_of_the_run() -> None:
+    schedule = resolve({"share": Decimal("0.25"), "mixture": {"web": 1}}, run_tokens=4_000_000)
+    assert schedule.tokens == 1_000_000
+
+
+def test_phases_of_equal_parts_and_ramps_have_the_aggregate_they_say() -> None:
+    phases = [{"mixture": {"web": w, "python": 10 - w}} for w in (7, 7, 6, 5)]
+    increase, ramp = resolve(
+        {"steps": 80, "phases": phases}, {"steps": 80, "mixture": {"web": 1}, "ramp_to": {"python": 1}}
+    ).stages
+    assert increase.counts == {"python": 300, "web": 500}
+    assert ramp.counts == {"python": 400, "web": 400}
+    assert ramp.weights.weight("python", 400) == Fraction(1, 2)
+
+
+def test_locate_finds_the_stage_of_every_sample() -> None:
+    schedule = resolve({"steps": 2, "mixture": {"web": 1}}, {"steps": 3, "mixture": {"rust": 1}})
+    assert [(s.name, o) for s, o in map(schedule.locate, (0, 19, 20, 49, 50))] == [
+        ("s0", 0),
+        ("s0", 19),
+        ("s1", 0),
+        ("s1", 29),
+        ("s1", 30),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"steps": 1, "mixture": {"pyton": 1}}, "did you mean 'python'"),
+        ({"steps": 1, "mixture": {"code": 1, "python": 1}}, "named twice"),
+        ({"steps": 1, "mixture": {"code": 0, "text": 0}}, "every weight of the mixture is zero"),
+        ({"steps": 0, "mixture": {"web": 1}}, "length is 0"),
+        ({"tokens": 0, "mixture": {"web": 1}}, "length is 0"),
+        ({"mixture": {"web": 1}}, "says nothing of its length"),
+        ({"steps": 1, "tokens": 1, "mixture": {"web": 1}}, "tokens and steps"),
+        ({"steps": 1}, "says none of them"),
+        ({"steps": 1, "mixture": {"web": 1}, "phases": [{"mixture": {"web": 1}}]}, "mixture and phases"),
+        ({"steps": 1, "mixture": {"web": Decimal("0.9")}, "strict": True}, "sum to 0.9"),
+        ({"share": Decimal("0.5"), "mixture": {"web": 1}}, "set train.tokens"),
+        ({"epochs": {"source": "rust", "count": 1}, "mixture": {"web": 1}}, "weight in the stage is zero"),
+        ({"steps": 1, "phases": [{"share": Decimal("0.5"), "mixture": {"web": 1}}]}, "sum to 0.5"),
+        ({"steps": 1, "mixture_tokens": {"web": 1}, "ramp_to": {"web": 1}}, "ramp_to goes with mixture"),
+        ({"tokens": "90M", "mixture": {"web": 1}}, "runs dry"),
+    ],
+)
+def test_B1_a_stage_said_wrong_is_refused_in_the_users_words(stage: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        resolve(stage)
+    assert "s0" in str(caught.value) and caught.value.exit_code == 2
