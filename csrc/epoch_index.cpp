@@ -123,8 +123,7 @@ class EpochOrder {
     while (count > 0) {
       const std::uint64_t place = start / window;
       const std::uint64_t inside = start - place * window;
-      const std::uint64_t extent = std::min(window, length - place * window);
-      const std::uint64_t now = std::min(std::min(extent - inside, count), cut - phase);
+      const std::uint64_t now = std::min(std::min(window - inside, count), cut - phase);
       const std::uint64_t source = place < whole ? windows(place) : place;
       walk(offset + source * window + inside, now, out);
       start += now;

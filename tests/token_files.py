@@ -48,9 +48,12 @@ class FakeFile:
         return np.arange(start, end) + 1000 * document
 
 
-LENGTHS = st.lists(st.one_of(st.integers(0, 12), st.integers(0, 70)), min_size=0, max_size=45)
+LENGTHS = st.one_of(
+    st.lists(st.one_of(st.integers(0, 12), st.integers(0, 70)), max_size=45),
+    st.lists(st.integers(1, 30), min_size=8, max_size=45),
+)
 SLICES = st.sampled_from([("0", "1"), ("0", "1"), ("0.25", "1"), ("0", "0.5"), ("0.3", "0.85"), ("0.999", "1")])
-HOLDOUTS = st.sampled_from(["0", "0.005", "0.3", "0.9"])
+HOLDOUTS = st.sampled_from(["0", "0.005", "0.1", "0.3", "0.9"])
 
 
 @st.composite

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 
-_FUNCTION_WORDS = frozenset(
+_WORDS = (
     "a all also an and any are as at be because been before between both but by can could do does each either for from "
     "given has have how i if in into is it its may more must no not of on one only or other our out over same should "
     "since so some such than that the their them then there these they this those through to under until up used using "
-    "was we were what when where whether which while who will with within without would you your".split()
+    "was we were what when where whether which while who will with within without would you your"
 )
+_FUNCTION_WORDS = frozenset(_WORDS.split())
 _LICENCE = re.compile(
     r"copyright|\(c\) ?\d{4}|licen[sc]ed? under|all rights reserved|without warrant|permission is hereby|"
     r"redistribution and use|in no event shall|apache license|the software is provided|spdx-",
@@ -19,9 +20,14 @@ _LICENCE = re.compile(
 _UNDERLINE = re.compile(r"\s*([=\-~^\"'`*+#_:.])\1{2,}\s*")
 _DIRECTIVE = re.compile(r"\s*\.\. ?([\w:+-]+)::\s*(.*)")
 _KEPT_DIRECTIVES = {"note", "warning", "tip", "important", "caution", "attention", "hint", "admonition"}
-_ITEM = re.compile(r"\s*(?:[-*+•]|\(?\d{1,2}[.)]|\(?[a-z]\)|:\w+[^:]*:|@\w+\b)\s+")
-_PARAMETER = re.compile(r"\s*(?:\*{0,2}[\w.`\[\]]+(?:, ?)?)+(?: ?\(.*?\))? ?(?::|--)\s+(?=\S)")
-_PARAMETER_LINE = re.compile(r"\s*(?:\*{0,2}`{0,2}[\w.]+`{0,2}(?:, ?)?)+ ?:(?: \S.*)?")
+_ITEM = re.compile(r"^\s*(?:[-*+•]|\(?\d{1,2}[.)]|\(?[a-z]\)|:\w+[^:]*:|@\w+\b)\s+")
+_NAMES = r"^\s*\*{0,2}`{0,2}[\w.\[\]]+`{0,2}(?:, ?\*{0,2}`{0,2}[\w.\[\]]+`{0,2})*"
+_PARAMETER = re.compile(_NAMES + r"(?: ?\([^()]*(?:\([^()]*\)[^()]*)*\))? ?(?::|--)\s+(?=\S)")
+_PARAMETER_LINE = re.compile(_NAMES + r" ?:(?: \S.*)?")
+_HTML = (
+    "a|b|big|blockquote|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|su[bp]|summary|"
+    "t[dhrt]|table|tip|u|ul"
+)
 _WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
 _INLINE = [
     (re.compile(r"!\[[^\]]*\]\([^)]*\)|\|\w[\w -]*\||\[\d+\]_|\[\^\w+\]|<!--.*?-->"), ""),
@@ -29,10 +35,11 @@ _INLINE = [
     (re.compile(r"\[([^\]]+)\]\[[^\]]*\]"), r"\1"),
     (re.compile(r":[\w:+-]+:`[!~]?([^`<]+?)(?:\s*<[^>`]*>)?`"), r"\1"),
     (re.compile(r"`([^`<]+?)\s*<[^>`]*>`_{0,2}"), r"\1"),
-    (re.compile(r"</?[A-Za-z][^<>]*>"), ""),
+    (re.compile(rf"</?(?:{_HTML})\b[^<>]*>", re.IGNORECASE), ""),
     (re.compile(r"``([^`]+)``|`([^`]+)`_{0,2}"), lambda m: m.group(1) or m.group(2)),
     (re.compile(r"(?<!\w)(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?!\w)"), r"\2"),
     (re.compile(r"(?<![\w*])([*_])(?=[^\s*_])([^*_]+?)(?<=\S)\1(?![\w*])"), r"\2"),
+    (re.compile(r"\[~?([\w.]+)\]"), r"\1"),
     (re.compile(r"::(?=\s|$)"), ":"),
     (re.compile(r"\s+"), " "),
     (re.compile(r" ([,.;:!?)])(?=\s|$)"), r"\1"),
@@ -53,7 +60,7 @@ def is_licence(text: str) -> bool:
 
 def is_prose(text: str) -> bool:
     """True for whole English sentences: enough words, mostly letters, function words among them, an end."""
-    if len(text) < 50 or text[-1] not in ".!?:\"')" or is_licence(text):
+    if len(text) < 50 or text[-1] not in ".!?\"')" or is_licence(text):
         return False
     first = text[0]
     if not (first.isupper() or first in "\"'(" or first.isdigit()):
@@ -70,7 +77,9 @@ def is_prose(text: str) -> bool:
 def sameness_key(paragraph: str) -> str:
     """What two paragraphs share that differ only in names, numbers and punctuation: their plain words."""
     return " ".join(
-        word for token in paragraph.split() if (word := token.strip(".,;:!?()\"'")) and word.isalpha() and word.islower()
+        word
+        for token in paragraph.split()
+        if (word := token.strip(".,;:!?()\"'")) and word.isalpha() and word.islower()
     )
 
 
@@ -85,9 +94,11 @@ def _without_literal_parts(lines: list[str]) -> list[str]:
         indent = len(line) - len(line.lstrip())
         if fence:
             fence = "" if bare.startswith(fence) else fence
+            kept.append("")
             continue
         if literal_above >= 0:
             if not bare or indent > literal_above:
+                kept.append("")
                 continue
             literal_above = -1
         doctest = bool(bare) and (doctest or bare.startswith((">>>", "... ", "In [")))

@@ -6,7 +6,6 @@ import ast
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 _QUOTED = (
     r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'
@@ -16,33 +15,21 @@ _QUOTED = (
 )
 _STRING_OR_COMMENT = re.compile(rf"{_QUOTED}|(?P<comment>\#[^\n]*)", re.DOTALL)
 _STRING_OR_GAP = re.compile(rf"{_QUOTED}|(?P<gap>\n(?:[ \t]*\n){{3,}})", re.DOTALL)
-_DIRECTIVE = re.compile(r"#\s*(?:!|-\*-|type:|noqa|pylint|fmt:|isort:|mypy:|pragma|ruff|flake8|yapf|pyright|vim:|region)")
+_DIRECTIVE = re.compile(
+    r"#\s*(?:!|-\*-|type:|noqa|pylint|fmt:|isort:|mypy:|pragma|ruff|flake8|yapf|pyright|vim:|region)"
+)
 
 
 class NotUsable(Exception):
     """The file cannot be used; the message is the reason, short enough to be counted by."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """One file taken apart. `remarks` are docstrings and runs of whole-line comments, in the order of the file."""
+def stripped(source: str) -> str:
+    """The source without docstrings and comments. It compiles; a body that was only a docstring becomes `...`.
 
-    code: str
-    remarks: list[str]
-
-
-def take_apart(source: str) -> Parts:
-    """Split a Python source. The code compiles; a body that was only a docstring becomes `...`.
-
-    Raises NotUsable where the source does not parse, or where it cannot be split so that the rest still compiles.
+    Raises NotUsable where the source does not parse, or where the rest would not compile.
     """
-    tree = _parsed(source, "does not parse")
-    starts = _line_starts(source)
-    edits: list[tuple[int, int, str]] = []
-    remarks: list[tuple[int, str]] = []
-    for node in _scopes(tree):
-        _take_docstring(source, starts, node, edits, remarks)
-    _take_comments(source, edits, remarks)
+    edits = _docstring_edits(source) + _comment_edits(source)
     code = _without_gaps(_edited(source, edits))
     try:
         with warnings.catch_warnings():
@@ -50,7 +37,32 @@ def take_apart(source: str) -> Parts:
             compile(code, "stripped", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise NotUsable("does not compile once stripped") from None
-    return Parts(code, [text for _, text in sorted(remarks)])
+    return code
+
+
+def remarks_of(source: str) -> list[str]:
+    """Docstrings (triple-quoted strings that begin a line) and runs of whole-line comments, in the file's order."""
+    remarks: list[str] = []
+    run: list[str] = []
+    run_end = -1
+    for match in _STRING_OR_COMMENT.finditer(source):
+        start, end = match.span()
+        line_start = source.rfind("\n", 0, start) + 1
+        before = source[line_start:start].strip()
+        if match.group("comment") is None:
+            if end - start > 40 and before in ("", "r", "R") and source.startswith(('"""', "'''"), start):
+                remarks.append(source[start + 3 : end - 3])
+            continue
+        if before:
+            continue
+        if line_start != run_end:
+            run = []
+            remarks.append("")
+        run_end = end + 1
+        if not _DIRECTIVE.match(match.group()):
+            run.append(match.group().lstrip("#!:").removeprefix(" ").rstrip("#"))
+        remarks[-1] = "\n".join(run)
+    return [remark for remark in remarks if remark.strip()]
 
 
 _Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -69,42 +81,31 @@ def _scopes(tree: ast.Module) -> Iterator[_Scope]:
                 waiting += below
 
 
-def _parsed(source: str, reason: str) -> ast.Module:
+def _docstring_edits(source: str) -> list[tuple[int, int, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.parse(source)
+            tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise NotUsable(reason) from None
-
-
-def _line_starts(source: str) -> list[int]:
-    return [0, *(match.end() for match in re.finditer("\n", source))]
-
-
-def _take_docstring(
-    source: str,
-    starts: list[int],
-    node: _Scope,
-    edits: list[tuple[int, int, str]],
-    remarks: list[tuple[int, str]],
-) -> None:
-    if not node.body or not isinstance(first := node.body[0], ast.Expr):
-        return
-    value = first.value
-    if not isinstance(value, ast.Constant) or not isinstance(value.value, str):
-        return
-    start = _offset(source, starts, first.lineno, first.col_offset)
-    end = _offset(source, starts, first.end_lineno or first.lineno, first.end_col_offset or 0)
-    remarks.append((start, value.value))
-    line_start = starts[first.lineno - 1]
-    line_end = source.find("\n", end)
-    line_end = len(source) if line_end < 0 else line_end + 1
-    alone = not source[line_start:start].strip() and re.fullmatch(r"\s*(?:#.*\s*)?", source[end:line_end])
-    if not alone or (len(node.body) == 1 and not isinstance(node, ast.Module)):
-        edits.append((start, end, "..."))
-    else:
-        edits.append((line_start, line_end, ""))
+        raise NotUsable("does not parse") from None
+    starts = [0, *(match.end() for match in re.finditer("\n", source))]
+    edits: list[tuple[int, int, str]] = []
+    for node in _scopes(tree):
+        first = node.body[0] if node.body else None
+        if not isinstance(first, ast.Expr) or not isinstance(first.value, ast.Constant):
+            continue
+        if not isinstance(first.value.value, str):
+            continue
+        start = _offset(source, starts, first.lineno, first.col_offset)
+        end = _offset(source, starts, first.end_lineno or first.lineno, first.end_col_offset or 0)
+        line_start = starts[first.lineno - 1]
+        line_end = source.find("\n", end) + 1 or len(source)
+        alone = not source[line_start:start].strip() and re.fullmatch(r"\s*(?:#.*\s*)?", source[end:line_end])
+        if not alone or (len(node.body) == 1 and not isinstance(node, ast.Module)):
+            edits.append((start, end, "..."))
+        else:
+            edits.append((line_start, line_end, ""))
+    return edits
 
 
 def _offset(source: str, starts: list[int], line: int, column: int) -> int:
@@ -114,26 +115,16 @@ def _offset(source: str, starts: list[int], line: int, column: int) -> int:
     return start + (column if part.isascii() else len(source[start:].encode()[:column].decode(errors="ignore")))
 
 
-def _take_comments(source: str, edits: list[tuple[int, int, str]], remarks: list[tuple[int, str]]) -> None:
-    run: list[str] = []
-    run_start = run_end = -1
+def _comment_edits(source: str) -> list[tuple[int, int, str]]:
+    edits: list[tuple[int, int, str]] = []
     for match in _STRING_OR_COMMENT.finditer(source):
         if match.group("comment") is None:
             continue
         start, end = match.span()
         line_start = source.rfind("\n", 0, start) + 1
-        if source[line_start:start].strip():
-            edits.append((line_start + len(source[line_start:start].rstrip(" \t")), end, ""))
-            continue
-        edits.append((line_start, min(end + 1, len(source)), ""))
-        if line_start != run_end:
-            remarks.append((run_start, "\n".join(run)))
-            run, run_start = [], line_start
-        run_end = end + 1
-        if not _DIRECTIVE.match(match.group()):
-            run.append(match.group().lstrip("#!: ") if match.group().strip("# ") else "")
-    remarks.append((run_start, "\n".join(run)))
-    remarks[:] = [(at, text) for at, text in remarks if text.strip()]
+        before = source[line_start:start].rstrip(" \t")
+        edits.append((line_start + len(before), end, "") if before else (line_start, min(end + 1, len(source)), ""))
+    return edits
 
 
 def _edited(source: str, edits: list[tuple[int, int, str]]) -> str:

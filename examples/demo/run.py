@@ -39,7 +39,11 @@ class Scale:
 SCALES = {
     "full": Scale(Path("demo"), HERE / "demo.toml", 8192),
     "tiny": Scale(
-        Path("demo-tiny"), HERE / "tiny.toml", 1024, ("--code-bytes", "2000000", "--text-bytes", "1000000"), ()
+        Path("demo-tiny"),
+        HERE / "tiny.toml",
+        1024,
+        ("--code-bytes", "2M", "--text-bytes", "1M"),
+        ("--questions", "40", "--passages", "8000"),
     ),
 }
 
@@ -64,9 +68,9 @@ def steps_of(scale: Scale) -> list[Step]:
     """The demo, in order."""
     folder, config = scale.folder, shown(scale.config)
     text = scale.config.read_text(encoding="utf-8")
-    corpora = {source: folder / "corpora" / source for source in ("code", "text")}
+    corpora = {source: folder / "corpora" / f"{source}.jsonl" for source in ("code", "text")}
     tokenizer = folder / "tokenizer.model"
-    run, models, results = folder / "run", folder / "models", folder / "evaluation"
+    run, models, results = folder / "run", folder / "models", folder / "evaluation.json"
     report = folder / "report.html"
 
     gather = [sys.executable, shown(HERE / "gather.py"), "--output", str(folder / "corpora"), *scale.gather]
@@ -84,26 +88,33 @@ def steps_of(scale: Scale) -> list[Step]:
         ]
 
     def evaluate() -> list[list[str]]:
-        words = ("--suite", "heldout", "--config", config, *scale.evaluate)
-        return [
-            stagemix("evaluate", "--model", str(models / stage), *words, "--output", str(results / f"{stage}.json"))
-            for stage in stage_ends(run / "checkpoints")
-        ]
+        named = [word for stage in stage_ends(run / "checkpoints") for word in ("--model", f"{stage}={models / stage}")]
+        words = ("--suite", "heldout", "--config", config, *scale.evaluate, "--output", str(results))
+        return [stagemix("evaluate", *named, *words)]
 
-    def write_report() -> list[list[str]]:
-        evaluations = [str(results / f"{stage}.json") for stage in stage_ends(run / "checkpoints")]
-        return [stagemix("report", "--run", str(run), "--evaluation", *evaluations, "--output", str(report))]
-
+    draw = stagemix("report", "--run", str(run), "--evaluation", str(results), "--output", str(report))
     data = [preprocess(source) for source in corpora]
     return [
-        Step("gather", "gather code and prose from this machine", lambda: [gather], tuple(corpora.values())),
-        Step("train_tokenizer", "train a tokenizer on both", lambda: [train_tokenizer], (tokenizer,)),
+        Step(
+            "gather",
+            "gather code and prose from this machine",
+            lambda: [gather],
+            tuple(corpora.values()),
+            shlex.join(gather[1:]),
+        ),
+        Step(
+            "train_tokenizer",
+            "train a tokenizer on both",
+            lambda: [train_tokenizer],
+            (tokenizer,),
+            str(scale.vocab_size),
+        ),
         Step("preprocess_data", "turn both into indexed tokens", lambda: data, (folder / "data",)),
         Step("plan", "what the config would train on", lambda: [stagemix("plan", config)], (), text),
         Step("train", "train through three stages", lambda: [stagemix("train", config)], (run,), text, clears=False),
         Step("export_hf", "export each stage's end, with proof", export, (models,)),
-        Step("evaluate", "choose the true continuation", evaluate, (results,)),
-        Step("report", "draw it all", write_report, (report,)),
+        Step("evaluate", "choose the true continuation", evaluate, (results,), shlex.join(scale.evaluate)),
+        Step("report", "draw it all", lambda: [draw], (report,)),
     ]
 
 
@@ -219,7 +230,7 @@ def summarise(scale: Scale, seconds: dict[str, float]) -> None:
     print(f"\n{'step':<{width}}  seconds")
     for name, value in [*seconds.items(), ("total", sum(seconds.values()))]:
         print(f"{name:<{width}}  {value:7.1f}")
-    for line in [*losses(scale.folder / "run" / "metrics.jsonl"), *accuracies(scale.folder / "evaluation")]:
+    for line in [*losses(scale.folder / "run" / "metrics.jsonl"), *accuracies(scale.folder / "evaluation.json")]:
         print(line)
     print(f"\nOpen {scale.folder / 'report.html'}")
 
@@ -234,12 +245,14 @@ def losses(metrics: Path) -> list[str]:
 
 
 def accuracies(results: Path) -> list[str]:
-    """Accuracy on each task, model by model in the order in which they were evaluated."""
+    """Accuracy of each model on each task with a right answer, and what chance would give."""
+    record: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
+    chance = {name: task["chance"] for name, task in record["tasks"].items() if task["chance"]}
     lines = [""]
-    for path in sorted(results.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
-        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-        found = {name: task["metrics"]["acc"]["value"] for name, task in tasks.items() if "acc" in task["metrics"]}
-        lines.append(f"{path.stem}: " + ", ".join(f"{name} {value:.1%}" for name, value in found.items()))
+    for model in record["models"]:
+        right = {name: model["results"][name]["metrics"]["acc"]["value"] for name in chance}
+        words = (f"{name} {value:.1%} (chance {chance[name]:.0%})" for name, value in right.items())
+        lines.append(f"right answers, {model['name']}: {', '.join(words)}")
     return lines
 
 

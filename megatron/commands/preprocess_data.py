@@ -22,7 +22,7 @@ example:
 An input is a .jsonl file (one JSON object a line, its text in the field "text"), a .jsonl.gz file, a text file (one
 document), or a folder, of which every file is read (--suffix takes only some). Give several inputs to have them one
 after another. The result is P.bin (token ids), P.idx (where documents lie; Megatron's format) and P.json (counts,
-checksums, tokenizer). They appear together when all is done: an interrupted run leaves nothing behind.
+checksums, tokenizer). They appear together when all is done: an interrupted run publishes nothing.
 
 Name P under [sources.NAME] data = ["P"] in a run's config.
 """

@@ -100,7 +100,10 @@ class ModelShape:
             value = data[name]
             if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool"):
                 raise ConfigError(f"model shape field {name} is {value!r}, which is not {kind}")
-        return cls(**{name: float(data[name]) if kind == "float" else data[name] for name, kind in names.items()})
+        values: dict[str, Any] = {
+            name: float(data[name]) if kind == "float" else data[name] for name, kind in names.items()
+        }
+        return cls(**values)
 
 
 def resolve_model(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from megatron.config.errors import ChangedPastError
 from megatron.config.schema import StageSection
-from megatron.data.ledger import ALGORITHM, Ledger
+from megatron.data.ledger import ALGORITHM, Ledger, StageRecord
 from megatron.data.schedule import Schedule, TrainingStage
 from megatron.data.stage_resolution import FrozenStage
 from megatron.data.weight_function import WeightFunction
@@ -48,51 +49,62 @@ def check_words(ledger: Ledger, sections: Sequence[StageSection]) -> None:
     _refuse(differences)
 
 
-def check_past(
-    ledger: Ledger,
-    schedule: Schedule,
-    *,
-    seed: int,
-    tokenizer: str,
-    validation: str,
-    identities: Mapping[str, Mapping[str, Any]],
-    lr: Sequence[Mapping[str, Any]],
-    allow_lr_change: bool = False,
-) -> list[dict[str, Any]]:
-    """Compares a ledger with the schedule resolved from today's config.
+@dataclass(frozen=True)
+class Today:
+    """What today's config says, to be compared with the past.
 
-    Args:
-        schedule: resolved with `begun=frozen_stages(ledger)`.
-        identities: for each source of the config its "group", "fingerprint", "epoch_tokens" and "piece_tokens".
-        lr: for each stage the learning rate in force, as plain values.
-        allow_lr_change: permits another learning rate in a begun stage.
+    identities: for each source its "group", "fingerprint", "epoch_tokens" and "piece_tokens" · lr: for each stage the
+    law of the learning rate in force, as plain values.
+    """
 
-    Returns events to record (a permitted change of the learning rate). Raises ChangedPastError that lists every
-    difference.
+    seed: int
+    tokenizer: str
+    validation: str
+    identities: Mapping[str, Mapping[str, Any]]
+    lr: Sequence[Mapping[str, Any]]
+
+
+def check_past(ledger: Ledger, schedule: Schedule, today: Today) -> None:
+    """Compares what decided the order of the consumed samples with today's config.
+
+    `schedule` is resolved with `begun=frozen_stages(ledger)`. Raises ChangedPastError that lists every difference.
     """
     differences = []
     for what, then, now in (
         ("the algorithm version", ledger.algorithm, ALGORITHM),
-        ("run.seed", ledger.seed, seed),
-        ("the tokenizer's fingerprint", ledger.tokenizer, tokenizer),
-        ("the validation split", ledger.validation, validation),
+        ("run.seed", ledger.seed, today.seed),
+        ("the tokenizer's fingerprint", ledger.tokenizer, today.tokenizer),
+        ("the validation split", ledger.validation, today.validation),
     ):
         if then != now:
             differences.append(f"{what} was {then} and is now {now}")
-    differences += _changed_sources(ledger, identities)
-    events: list[dict[str, Any]] = []
+    differences += _changed_sources(ledger, today.identities)
     for index, record in enumerate(ledger.stages):
-        stage = schedule.stages[index]
-        differences += _changed_stage(ledger, index, stage)
-        if dict(record.lr) != dict(lr[index]):
-            if allow_lr_change:
-                events.append({"event": "lr-changed", "stage": record.name, "sample": ledger.consumed_samples})
-                continue
-            differences.append(
-                f"stage {record.name!r}: its learning rate was {_shown(record.lr)} and is now {_shown(lr[index])} "
-                "(allow it with --allow-lr-change)"
-            )
+        differences += _changed_stage(record, schedule.stages[index], running=index == len(ledger.stages) - 1)
     _refuse(differences)
+
+
+def record_lr(ledger: Ledger, today: Today, allow_change: bool) -> list[dict[str, Any]]:
+    """Compares the learning rate of the begun stages; a change that is allowed enters the ledger as an event.
+
+    Returns the events. Raises ChangedPastError where a change is not allowed.
+    """
+    changed = [
+        (record, now) for record, now in zip(ledger.stages, today.lr, strict=False) if dict(record.lr) != dict(now)
+    ]
+    if not allow_change:
+        _refuse(
+            [
+                f"stage {record.name!r}: its learning rate was {_shown(record.lr)} and is now {_shown(now)} "
+                "(allow it with --allow-lr-change)"
+                for record, now in changed
+            ]
+        )
+    events = []
+    for record, now in changed:
+        events.append({"event": "lr-changed", "stage": record.name, "sample": ledger.consumed_samples})
+        record.lr = dict(now)
+    ledger.events += events
     return events
 
 
@@ -111,8 +123,7 @@ def _changed_sources(ledger: Ledger, identities: Mapping[str, Mapping[str, Any]]
     return differences
 
 
-def _changed_stage(ledger: Ledger, index: int, stage: TrainingStage) -> list[str]:
-    record = ledger.stages[index]
+def _changed_stage(record: StageRecord, stage: TrainingStage, running: bool) -> list[str]:
     where = f"stage {record.name!r}"
     differences = []
     for key in ("seq_length", "global_batch_size", "cursor"):
@@ -122,8 +133,7 @@ def _changed_stage(ledger: Ledger, index: int, stage: TrainingStage) -> list[str
     then_weights = WeightFunction.from_json(record.weights)
     if then_weights != stage.weights:
         differences.append(f"{where}: its weights were {_weights(then_weights)} and are now {_weights(stage.weights)}")
-    running = index == len(ledger.stages) - 1 and not record.finished
-    if stage.samples != record.planned_samples and not running:
+    if stage.samples != record.planned_samples and (record.finished or not running):
         differences.append(
             f"{where} is finished with {record.planned_samples} samples; the config now gives it {stage.samples}"
         )

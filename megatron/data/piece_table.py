@@ -132,8 +132,7 @@ class NumpyEpochOrder:
         found: list[list[int]] = []
         while count:
             place, inside = divmod(start, window)
-            extent = min(window, length - place * window)
-            now = min(extent - inside, count, cut - phase)
+            now = min(window - inside, count, cut - phase)
             source = permute(place, whole, block_key) if place < whole else place
             self._walk(offset + source * window + inside, now, found)
             start, count, phase = start + now, count - now, (phase + now) % cut

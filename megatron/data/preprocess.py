@@ -160,7 +160,7 @@ _worker_state: dict[str, Tokenizer] = {}
 
 def _start_worker(tokenizer_path: str, fingerprint: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{tokenizer_path}: the file was changed while preprocessing ran")
@@ -171,9 +171,16 @@ def _encode_in_worker(texts: list[str]) -> _Encoded:
     return _encode(_worker_state["tokenizer"], texts)
 
 
-def _exit_with_parent() -> None:
-    # A worker whose parent was killed would wait for its next task for ever.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def exit_with_parent() -> None:
+    """In a worker process: end when the process that started it has ended, even by SIGKILL.
+
+    A worker whose parent was killed would wait for its next task for ever.
+    """
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

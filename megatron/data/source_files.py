@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from hashlib import sha256
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -58,7 +59,7 @@ class SourceFiles:
         self.holdout_fraction = Fraction(holdout_fraction)
         self.file_fingerprints = tuple(file.fingerprint for file in self.files)
         counts = [file.document_count for file in self.files]
-        self.file_starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        self.file_starts = [0, *accumulate(counts)]
         self.document_count = self.file_starts[-1]
         self.first = int(start * self.document_count)
         self.last = int(end * self.document_count)

@@ -13,6 +13,7 @@ from megatron.engines.base import PrecisionChoice
 from megatron.models.attention import AttentionBackend
 from megatron.models.decoder import Decoder
 from megatron.models.initialise import initialise
+from megatron.parallel.mesh import current_mesh
 from megatron.parallel.random import keyed_generator
 
 COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,10 +47,11 @@ def choose_precision(
     """The precision for a run, with its reason in words and figures.
 
     asked "auto": on a GPU bf16; on CPU a forward and backward pass of the model's first two layers and its head is
-    timed in fp32 and in bf16, and the quicker is taken. Neither torch's random state nor any weight is touched.
+    timed in fp32 and in bf16, and bf16 is taken where it pays. Neither torch's random state nor any weight is touched.
+    device: default this process's.
     Raises UnavailableError where bf16 is asked for and cannot run.
     """
-    device = device or torch.device("cpu")
+    device = device or current_mesh().device
     if asked not in ("auto", *COMPUTE_DTYPES):
         raise ConfigError(f"train.precision {asked!r} is unknown: use auto, {', '.join(COMPUTE_DTYPES)}")
     obstacle = bf16_support(device) if asked in ("auto", "bf16") else None

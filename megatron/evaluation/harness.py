@@ -74,6 +74,12 @@ def run_tasks(
             fewshot_random_seed=settings.seed,
             log_samples=True,
         )
+    except AssertionError:
+        # The harness says no more: it asserts that context and answer are not empty and that the answer fits.
+        raise DataError(
+            f"{folder}: an item of {', '.join(tasks)} is empty, or its answer has more tokens than the model's "
+            f"{model.max_length} positions: choose tasks with shorter answers, or a model with more positions"
+        ) from None
     except (OSError, ConnectionError) as error:
         raise DataError(
             f"tasks {', '.join(tasks)}: their data cannot be had ({error}). With network, say --online to let the "

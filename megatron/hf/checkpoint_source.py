@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef, open_checkpoint
 from megatron.checkpoint.manifest import NAME as MANIFEST
-from megatron.config.errors import CheckpointError, ConfigError
+from megatron.config.errors import CheckpointError
 from megatron.config.load import load_config
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import RunConfig
@@ -79,12 +79,9 @@ def _find(path: Path) -> CheckpointRef:
 
 
 def _tokenizer(ref: CheckpointRef, config: RunConfig) -> Tokenizer:
-    """The checkpoint's own copy of the tokenizer; where it has none (bytes), the one that its config names."""
-    copies = sorted((ref.path / "tokenizer").glob("*")) if (ref.path / "tokenizer").is_dir() else []
-    kept = [path for path in copies if path.suffix in (".model", ".json") and path.name != "tokenizer_config.json"]
-    if len(kept) > 1:
-        raise ConfigError(f"{ref.path / 'tokenizer'}: one tokenizer file expected, {len(kept)} found")
-    return load_tokenizer(kept[0] if kept else config.tokenizer.path)
+    """The checkpoint's own copy of the tokenizer; the built-in one has no file, so its config names it."""
+    files = ref.state.get("tokenizer", {}).get("files", [])
+    return load_tokenizer(ref.path / files[0] if files else config.tokenizer.path)
 
 
 def _shape(ref: CheckpointRef, config: RunConfig, tokenizer: Tokenizer) -> ModelShape:

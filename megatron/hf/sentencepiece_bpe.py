@@ -52,7 +52,8 @@ def convert_sentencepiece(path: Path) -> tuple[Any, str]:
         first, last = [decoders.Replace(SPACE, " "), *first], [decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence([*first, *last])
     tokenizer.add_special_tokens([AddedToken(p.text, normalized=False, special=True) for p in pieces if _control(p)])
-    matched = [piece for piece in pieces if piece.kind == USER_DEFINED and not _control(piece)]
+    # A piece with a plain space is never matched by SentencePiece, which has written U+2581 for it before it looks.
+    matched = [p for p in pieces if p.kind == USER_DEFINED and not _control(p) and " " not in p.text]
     tokenizer.add_tokens([AddedToken(piece.text.replace(SPACE, " "), normalized=False) for piece in matched])
     return tokenizer, unknown
 

@@ -12,6 +12,8 @@ from megatron.config.errors import CheckpointError
 from megatron.config.schema import OptimizerSection
 from megatron.optim.groups import parameter_groups
 
+_WRITER = "another optimizer or another model wrote it"
+
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], section: OptimizerSection) -> Optimizer:
     """AdamW (torch's fused kernel: one pass over weights, gradients and moments) or SGD with momentum.
@@ -32,7 +34,7 @@ def state_keys(section: OptimizerSection) -> tuple[str, ...]:
 
 
 def flatten_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """"<parameter>/<key>" -> the live tensor; empty before the first step."""
+    """ "<parameter>/<key>" -> the live tensor; empty before the first step."""
     return {
         f"{name}/{key}": value
         for name, parameter in parameters.items()
@@ -55,9 +57,9 @@ def load_state(
     fresh: dict[nn.Parameter, dict[str, Tensor]] = {}
     wanted = {f"{name}/{key}" for name in parameters for key in state_keys(section)} if state else set()
     if missing := sorted(wanted - state.keys()):
-        raise CheckpointError(f"optimizer state lacks {_some(missing)}: another optimizer or another model wrote it")
+        raise CheckpointError(f"optimizer state lacks {_some(missing)}: {_WRITER}")
     if unknown := sorted(state.keys() - wanted):
-        raise CheckpointError(f"optimizer state has unknown {_some(unknown)}: another optimizer or another model wrote it")
+        raise CheckpointError(f"optimizer state has unknown {_some(unknown)}: {_WRITER}")
     for place in sorted(wanted):
         name, key = place.rsplit("/", 1)
         parameter, value = parameters[name], state[place]

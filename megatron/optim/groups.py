@@ -9,7 +9,7 @@ from torch import nn
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for a torch optimizer from (name, parameter) pairs, the decaying one first; empty ones are left out."""
+    """Groups for a torch optimizer from (name, parameter) pairs, the decaying one first; an empty one is left out."""
     pairs = list(parameters)
     groups = [
         {"params": [p for _, p in pairs if p.ndim >= 2], "weight_decay": weight_decay},

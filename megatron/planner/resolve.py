@@ -15,7 +15,7 @@ from typing import Any
 from megatron.config.errors import CheckpointError
 from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger
-from megatron.data.past import check_past, check_words, frozen_stages
+from megatron.data.past import Today, check_past, check_words, frozen_stages, record_lr
 from megatron.data.samples import SampleStream
 from megatron.data.schedule import Schedule, facts_of, resolve_schedule
 from megatron.data.sources import OpenSource, TokenizerIdentity, open_sources
@@ -70,43 +70,37 @@ def resolve_run(
         cache_dir=cache_folder(config),
         tokenizer=tokenizer,
     )
-    sizes = {name: source.epoch_tokens for name, source in sources.items()}
     taken = {
-        index: read_ledger(Path(section.take.cursors))
-        for index, section in enumerate(config.stages)
+        section.take.cursors: read_ledger(Path(section.take.cursors))
+        for section in config.stages
         if section.take.cursors != "continue"
     }
-    by_path = {config.stages[index].take.cursors: other for index, other in taken.items()}
     schedule = resolve_schedule(
         config.stages,
-        facts_of(config.sources, sizes),
+        facts_of(config.sources, {name: source.epoch_tokens for name, source in sources.items()}),
         seq_length=config.model.seq_length,
         global_batch_size=config.train.global_batch_size,
         run_tokens=config.train.tokens,
         begun=frozen_stages(ledger) if ledger is not None else (),
-        taken=lambda path: {name: row.lifetime_tokens for name, row in by_path[path].sources.items()},
+        taken=lambda path: {name: row.lifetime_tokens for name, row in taken[path].sources.items()},
     )
     lr = resolve_lr(config.stages, schedule)
+    by_stage = {i: taken[s.take.cursors] for i, s in enumerate(config.stages) if s.take.cursors in taken}
     identity = tokenizer.fingerprint if tokenizer is not None else ""
     validation = f"fraction {config.validation.fraction.normalize()}"
     if ledger is None:
         fresh = Ledger(seed=config.run.seed, tokenizer=identity, validation=validation)
-        return ResolvedRun(sources, schedule, lr, fresh, taken)
-    events = check_past(
-        ledger,
-        schedule,
+        return ResolvedRun(sources, schedule, lr, fresh, by_stage)
+    today = Today(
         seed=config.run.seed,
         tokenizer=identity or ledger.tokenizer,
         validation=validation,
         identities={name: source.identity() for name, source in sources.items()},
         lr=[law.to_json() for law in lr.laws],
-        allow_lr_change=allow_lr_change,
     )
-    for event in events:
-        index = next(i for i, record in enumerate(ledger.stages) if record.name == event["stage"])
-        ledger.stages[index].lr = lr.laws[index].to_json()
-    ledger.events += events
-    return ResolvedRun(sources, schedule, lr, ledger, taken, tuple(events))
+    check_past(ledger, schedule, today)
+    events = record_lr(ledger, today, allow_lr_change)
+    return ResolvedRun(sources, schedule, lr, ledger, by_stage, tuple(events))
 
 
 def read_ledger(path: Path) -> Ledger:

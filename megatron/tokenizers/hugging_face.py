@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-
 from megatron.config.errors import DataError
 from megatron.tokenizers.base import EOD_NAMES, fingerprint_of, looks_like_marker, no_eod_error, stated_eos, utf8_of
 

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
+from megatron.config.errors import ConfigError
 from megatron.config.load import config_to_tables, config_to_toml
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.quantities import format_count
@@ -15,6 +18,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger
 from megatron.data.loader import BatchLoader, validation_batches
 from megatron.data.native import backend_name
+from megatron.data.schedule import Schedule
 from megatron.data.sources import TokenizerIdentity
 from megatron.engines.base import Engine, PrecisionChoice
 from megatron.engines.build import build_engine
@@ -93,6 +97,7 @@ def build(
         vars(state).update(vars(TrainerState.from_json(found.state)))
     if state.consumed_samples >= resolved.schedule.samples:
         return None
+    check_batches(resolved.schedule, config.train.micro_batch_size)
     check_takes(config.stages[len(resolved.ledger.stages) :])
     shape = resolve_model(
         config.model, tokenizer.vocab_size, max(stage.seq_length for stage in resolved.schedule.stages)
@@ -101,10 +106,11 @@ def build(
         check_shape(found, shape)
     precision = _precision(config, shape, found)
     engine = _engine(config, shape, precision, found)
+    run_id = found.state["run_id"] if found else uuid.uuid4().hex[:12]
+    optional = _optional_sinks(config, folder, state, run_id)
     settle(found, folder, manager, console.say)
     folder.write("config.toml", config_to_toml(config))
-    run_id = found.state["run_id"] if found else uuid.uuid4().hex[:12]
-    sinks = _sinks(config, folder, state, console, run_id)
+    sinks: list[Sink] = [JsonlSink(folder.metrics), console, *optional]
     constants = constants_of(run_id, shape.to_json(), precision, tokenizer, resolved)
     files = files_of(config_to_toml(config), tokenizer)
     saver = Saver(manager, state, engine, sinks, constants, resolved, files)
@@ -154,12 +160,26 @@ def _resolve(
 
 
 def _engine(config: RunConfig, shape: ModelShape, precision: PrecisionChoice, found: CheckpointRef | None) -> Engine:
+    # A new run's random state is a function of its seed alone, never of what the process did before.
+    torch.manual_seed(config.run.seed)
     engine = build_engine(shape, config.optimizer, config.parallel, config.train, config.run.seed, precision.name)
     if found:
         engine.load_model_state(found.model())
         engine.load_optimizer_state(found.optimizer())
         engine.load_rng_state(found.rng())
     return engine
+
+
+def check_batches(schedule: Schedule, micro_batch_size: int) -> None:
+    """Raises ConfigError for a training stage whose global batch is not whole microbatches."""
+    for stage in schedule.stages:
+        whole, left = divmod(stage.global_batch_size, micro_batch_size)
+        if left:
+            near = [str(n * micro_batch_size) for n in (whole, whole + 1) if n]
+            raise ConfigError(
+                f"stage {stage.name!r}: global_batch_size {stage.global_batch_size} is not a multiple of "
+                f"micro_batch_size {micro_batch_size}: set train.global_batch_size to {' or '.join(near)}"
+            )
 
 
 def description(
@@ -178,7 +198,7 @@ def description(
         f"run {config.run.name} {where}",
         f"  {format_count(engine.parameter_count())} parameters, {schedule.steps} steps, "
         f"{format_count(schedule.tokens)} tokens in {len(schedule.stages)} training stages: {stages}",
-        f"  precision {precision.name}: {precision.reason}",
+        f"  precision {precision.reason}",
         f"  data index: {backend_name()}",
     ]
     lines += [f"  {key}: {value}" for key, value in engine.describe().items() if key != "precision"]
@@ -194,8 +214,8 @@ def _precision(config: RunConfig, shape: ModelShape, found: CheckpointRef | None
     return choose_precision(asked, shape, config.train.micro_batch_size, config.model.seq_length)
 
 
-def _sinks(config: RunConfig, folder: RunFolder, state: TrainerState, console: Console, run_id: str) -> list[Sink]:
-    sinks: list[Sink] = [JsonlSink(folder.metrics), console]
+def _optional_sinks(config: RunConfig, folder: RunFolder, state: TrainerState, run_id: str) -> list[Sink]:
+    sinks: list[Sink] = []
     if config.log.tensorboard:
         from megatron.metrics.tensorboard_sink import TensorBoardSink
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron.config.errors import NonFiniteError
 from megatron.engines.base import Engine, MicrobatchLike
 from megatron.metrics.meters import StepClock
-from megatron.metrics.sinks import Row, Sink
+from megatron.metrics.sinks import Sink
 from megatron.trainer.state import Step
 
 ASIDE = ("validation", "checkpoint")
@@ -28,7 +29,7 @@ class Log:
         for sink in self._sinks:
             sink.write(row)
 
-    def _what_was_learnt(self, step: Step) -> Row:
+    def _what_was_learnt(self, step: Step) -> dict[str, Any]:
         state, result = step.state, step.result
         losses = {self._sources[source]: mean(*sums) for source, sums in sorted(result.loss_by_source.items())}
         row = {
@@ -48,7 +49,7 @@ class Log:
         }
         return row if result.updated else {**row, "skip_reason": result.reason}
 
-    def _what_it_took(self, step: Step) -> Row:
+    def _what_it_took(self, step: Step) -> dict[str, Any]:
         spent = self._clock.lap()
         aside = {f"{name}_seconds": round(spent[name], 6) for name in ASIDE if name in spent}
         seconds = spent["step"] - sum(spent.get(name, 0.0) for name in ASIDE)

@@ -83,7 +83,7 @@ def make_config(folder: Path, tokenizer: str, model: dict[str, Any]) -> RunConfi
         {
             "run": {"name": "tiny", "output": str(folder / "run"), "seed": 7},
             "tokenizer": {"path": tokenizer},
-            "model": {"seq_length": 64, **model},
+            "model": {"seq_length": 160, **model},
             "sources": {
                 "code": {"group": "code", "data": [str(folder / "code")]},
                 "text": {"group": "text", "data": [str(folder / "text")]},
@@ -125,11 +125,12 @@ def make_checkpoint(folder: Path, model: dict[str, Any] | None = None, tokenizer
         "format": 1,
         "step": 8,
         "consumed_samples": 32,
-        "consumed_tokens": 32 * 64,
+        "consumed_tokens": 32 * 160,
         "data": json.loads(json.dumps(stream.ledger.to_json())),
+        "model": shape.to_json(),
+        "tokenizer": {"files": [f"tokenizer/{file.name}" for file in opened.files()]},
     }
     extra: dict[str, bytes | Path] = {"config.toml": config_to_toml(config).encode()}
-    if path != "bytes":
-        extra[f"tokenizer/{Path(path).name}"] = Path(path)
+    extra |= {f"tokenizer/{file.name}": file for file in opened.files()}
     manager = CheckpointManager(Path(config.run.output) / "checkpoints")
     return manager.save(8, make_weights(shape), {"x": torch.zeros(1)}, {"cpu": torch.zeros(1)}, state, extra)

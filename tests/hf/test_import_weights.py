@@ -49,7 +49,9 @@ def made_by_transformers(shape: ModelShape, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "fields", [LLAMA, LLAMA | {"tie_word_embeddings": True, "attention_bias": True}, NEOX], ids=["llama", "tied", "neox"]
+    "fields",
+    [LLAMA, LLAMA | {"tie_word_embeddings": True, "attention_bias": True}, NEOX],
+    ids=["llama", "tied", "neox"],
 )
 def test_C3_a_model_made_by_transformers_gives_the_same_logits_in_ours(fields: dict[str, Any], tmp_path: Path) -> None:
     shape = shape_of(fields)

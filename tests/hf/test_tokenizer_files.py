@@ -101,7 +101,15 @@ def test_B1_models_that_cannot_be_translated_are_refused(said: str, options: dic
         write_tokenizer(tmp_path, load_tokenizer(tmp_path / "t.model"), 512)
 
 
-def test_a_model_with_a_dummy_prefix_is_equal_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_dummy_prefix": True, "user_defined_symbols": ["<|im_end|>"]},
+        {"add_dummy_prefix": False, "user_defined_symbols": ["<|im_end|>", "return", "    "]},
+    ],
+    ids=["dummy prefix", "matched symbols"],
+)
+def test_foreign_models_are_equal_too(options: dict[str, Any], tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(library_code(10)),
         model_prefix=str(tmp_path / "t"),
@@ -110,10 +118,9 @@ def test_a_model_with_a_dummy_prefix_is_equal_too(tmp_path: Path) -> None:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=True,
-        user_defined_symbols=["<|im_end|>", "return"],
         max_sentence_length=1_000_000,
         minloglevel=2,
+        **options,
     )
     tokenizer = load_tokenizer(tmp_path / "t.model")
     assert check_equal(written(tmp_path / "out", tokenizer), tokenizer, sample_texts(200_000)) > 200_000

@@ -1,4 +1,4 @@
-"""The decoder against transformers' own Llama and GPT-NeoX with the same weights, and packed rows against rows alone."""
+"""The decoder against transformers' Llama and GPT-NeoX with the same weights, and packed rows against rows alone."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def hugging_face_llama(shape: ModelShape, ours: Decoder) -> LlamaForCausalLM:
         elif module == "final_norm":
             state["model.norm.weight"] = value
         else:
-            state["model.embed_tokens.weight" if module == "embedding" else "lm_head.weight"] = value[: shape.vocab_size]
+            place = "model.embed_tokens.weight" if module == "embedding" else "lm_head.weight"
+            state[place] = value[: shape.vocab_size]
     if shape.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
@@ -118,7 +119,8 @@ def hugging_face_neox(shape: ModelShape, ours: Decoder) -> GPTNeoXForCausalLM:
     for n in range(shape.num_hidden_layers):
         here, there = f"layers.{n}.", f"gpt_neox.layers.{n}."
         for kind in ("weight", "bias"):
-            parts = [source[f"{here}attention.{part}.{kind}"].view(heads, size, -1) for part in ("query", "key", "value")]
+            names = [f"{here}attention.{part}.{kind}" for part in ("query", "key", "value")]
+            parts = [source[name].view(heads, size, -1) for name in names]
             fused = torch.stack(parts, 1).reshape(3 * heads * size, -1)
             state[f"{there}attention.query_key_value.{kind}"] = fused if kind == "weight" else fused[:, 0]
             state[f"{there}attention.dense.{kind}"] = source[f"{here}attention.output.{kind}"]
@@ -196,7 +198,8 @@ def test_packed_documents_equal_each_document_alone(shape: ModelShape, backend: 
     for row, row_cuts in enumerate(cuts):
         for start, end in zip(row_cuts, row_cuts[1:], strict=False):
             part, zero = tokens[row : row + 1, start:end], torch.zeros(1, end - start, dtype=torch.int32)
-            torch.testing.assert_close(logits[row : row + 1, start:end], alone.logits(part, zero), atol=1e-12, rtol=1e-10)
+            expected = alone.logits(part, zero)
+            torch.testing.assert_close(logits[row : row + 1, start:end], expected, atol=1e-12, rtol=1e-10)
             alone.loss(part, targets[row : row + 1, start:end], zero).sum().backward()
     for (name, ours), theirs in zip(packed.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-10, rtol=1e-9, msg=name)
@@ -276,7 +279,7 @@ def test_initial_weights_are_scaled_by_depth_where_they_write_to_the_residual_st
     model = Decoder(resolve_model(section, 64))
     initialise(model, 1)
     layer = model.layers["5"]
-    assert abs(float(layer.mlp.up.weight.std()) / 0.02 - 1) < 0.02
+    assert abs(float(layer.mlp.up.weight.detach().std()) / 0.02 - 1) < 0.02
     for module in (layer.mlp.down, layer.attention.output):
-        assert abs(float(module.weight.std()) / (0.02 / 4) - 1) < 0.02
+        assert abs(float(module.weight.detach().std()) / (0.02 / 4) - 1) < 0.02
     assert torch.equal(model.final_norm.weight, torch.ones(256))

@@ -1,0 +1,247 @@
+"""The torch engine against a plain loop written here, and its promises: exact resume, no update that is not finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.config.errors import CheckpointError, UnavailableError
+from megatron.config.model_shape import resolve_model
+from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
+from megatron.engines.base import Engine, StepResult
+from megatron.engines.build import build_engine
+from megatron.kernels.cross_entropy import IGNORED
+from megatron.models.decoder import Decoder
+
+SHAPE = resolve_model(ModelSection(preset="llama-tiny", seq_length=32), 100)
+TRAIN = TrainSection(global_batch_size=4, micro_batch_size=2)
+ADAMW = OptimizerSection(clip_grad_norm=0.7)
+SGD = OptimizerSection(name="sgd", momentum=0.9, clip_grad_norm=0.0)
+
+
+@dataclass
+class Micro:
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor
+    source_ids: Tensor
+
+
+def engine(precision: str = "fp32", optimizer: OptimizerSection = ADAMW, seed: int = 5) -> Engine:
+    return build_engine(SHAPE, optimizer, ParallelSection(), TRAIN, seed, precision)
+
+
+def batch(seed: int, microbatches: int = 2) -> list[Micro]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(microbatches):
+        tokens = torch.randint(0, 100, (2, 33), generator=generator)
+        targets = tokens[:, 1:].clone()
+        targets[torch.rand(targets.shape, generator=generator) < 0.2] = IGNORED
+        ids = (torch.rand(2, 32, generator=generator) < 0.1).cumsum(1).int()
+        made.append(Micro(tokens[:, :-1].clone(), targets, ids, torch.randint(0, 3, (2,), generator=generator)))
+    return made
+
+
+def copy_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_ten_steps_equal_a_plain_loop_in_float64(optimizer: OptimizerSection) -> None:
+    ours = engine("fp64", optimizer)
+    model = Decoder(SHAPE, "sdpa").double()
+    model.load_state_dict(ours.model_state())
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": decay}, {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    if optimizer.name == "adamw":
+        plain = torch.optim.AdamW(groups, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+    else:
+        plain = torch.optim.SGD(groups, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
+    for step in range(10):
+        microbatches, lr = batch(step), 1e-3 * (step + 1)
+        result = ours.train_step(microbatches, lr)
+        losses = torch.cat([model.loss(m.tokens, m.targets, m.document_ids) for m in microbatches])
+        valid = sum(int((m.targets != IGNORED).sum()) for m in microbatches)
+        loss = losses.sum() / valid
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, (optimizer.clip_grad_norm or float("inf")) / float(norm))
+        for group in plain.param_groups:
+            group["lr"] = lr
+        plain.step()
+        plain.zero_grad()
+        assert result.updated and result.valid_targets == valid
+        assert result.loss == pytest.approx(float(loss.detach()), rel=1e-10)
+        assert result.grad_norm == pytest.approx(float(norm), rel=1e-10)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(ours.model_state()[name], value, atol=1e-9, rtol=1e-9)
+
+
+def test_loss_by_source_adds_up_and_is_each_sources_own() -> None:
+    ours, microbatches = engine("fp64"), batch(3)
+    alone: dict[int, float] = {}
+    for micro in microbatches:
+        for row, source in enumerate(micro.source_ids.tolist()):
+            part = Micro(*(value[row : row + 1] for value in vars(micro).values()))
+            alone[source] = alone.get(source, 0.0) + ours.evaluate([part])[source][0]
+    result = ours.train_step(microbatches, 0.0)
+    assert {s: total for s, (total, _) in result.loss_by_source.items()} == pytest.approx(alone, rel=1e-12)
+    assert sum(count for _, count in result.loss_by_source.values()) == result.valid_targets
+    sums = sum(total for total, _ in result.loss_by_source.values())
+    assert sums == pytest.approx(result.loss * result.valid_targets)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_T2_resume_equals_the_undisturbed_run_bit_for_bit(precision: str, optimizer: OptimizerSection) -> None:
+    def steps(of: Engine, numbers: range) -> list[StepResult]:
+        return [of.train_step(batch(n), 1e-2) for n in numbers]
+
+    whole = engine(precision, optimizer)
+    undisturbed = steps(whole, range(10))
+    first = engine(precision, optimizer)
+    head = steps(first, range(5))
+    weights, moments = copy_of(first.model_state()), copy_of(first.optimizer_state())
+    steps(first, range(50, 53))
+    second = engine(precision, optimizer, seed=77)
+    second.load_model_state(weights)
+    second.load_optimizer_state(moments)
+    assert_same(second.optimizer_state(), moments)
+    assert head + steps(second, range(5, 10)) == undisturbed
+    assert_same(whole.model_state(), second.model_state())
+    assert_same(whole.optimizer_state(), second.optimizer_state())
+
+
+def test_bf16_masters_are_float32_and_follow_fp32() -> None:
+    narrow, wide = engine("bf16"), engine("fp32")
+    assert {value.dtype for value in narrow.model_state().values()} == {torch.float32}
+    for step in range(10):
+        ours, theirs = narrow.train_step(batch(step), 1e-3), wide.train_step(batch(step), 1e-3)
+        assert ours.loss == pytest.approx(theirs.loss, rel=2e-3)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=3e-2)
+    assert "bf16" in narrow.describe()["precision"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(precision: str, broken: float) -> None:
+    ours = engine(precision)
+    ours.train_step(batch(0), 1e-2)
+    weights = copy_of(ours.model_state())
+    bad = copy_of(weights)
+    bad["layers.1.mlp.up.weight"][3, 3] = broken
+    ours.load_model_state(bad)
+    moments = copy_of(ours.optimizer_state())
+    result = ours.train_step(batch(1), 1e-2)
+    assert not result.updated and "not finite" in result.reason
+    assert_same(ours.optimizer_state(), moments)
+    after = ours.model_state()
+    assert all(torch.equal(after[name], bad[name]) for name in bad if name != "layers.1.mlp.up.weight")
+    ours.load_model_state(weights)
+    repaired, untouched = ours.train_step(batch(2), 1e-2), engine(precision)
+    untouched.train_step(batch(0), 1e-2)
+    assert repaired == untouched.train_step(batch(2), 1e-2)
+
+
+def test_a_batch_without_valid_targets_makes_no_update_and_says_so() -> None:
+    ours, microbatches = engine(), batch(0)
+    for micro in microbatches:
+        micro.targets.fill_(IGNORED)
+    weights = copy_of(ours.model_state())
+    result = ours.train_step(microbatches, 1.0)
+    assert not result.updated and result.valid_targets == 0 and result.loss == 0.0 and "no target" in result.reason
+    assert_same(ours.model_state(), weights)
+
+
+def test_evaluate_changes_no_state() -> None:
+    ours = engine("bf16")
+    ours.train_step(batch(0), 1e-2)
+    before = [copy_of(state) for state in (ours.model_state(), ours.optimizer_state(), ours.rng_state())]
+    first = ours.evaluate(batch(9))
+    assert first == ours.evaluate(batch(9))
+    for state, now in zip(before, (ours.model_state(), ours.optimizer_state(), ours.rng_state()), strict=True):
+        assert_same(state, now)
+
+
+def test_reset_optimizer_starts_as_a_fresh_one_does() -> None:
+    ours, fresh = engine(), engine()
+    ours.train_step(batch(0), 1e-2)
+    weights = copy_of(ours.model_state())
+    ours.reset_optimizer()
+    assert ours.optimizer_state() == {}
+    fresh.load_model_state(weights)
+    assert ours.train_step(batch(1), 1e-2) == fresh.train_step(batch(1), 1e-2)
+    assert_same(ours.optimizer_state(), fresh.optimizer_state())
+
+
+def test_random_state_round_trip() -> None:
+    ours = engine()
+    state = copy_of(ours.rng_state())
+    first = torch.rand(3)
+    ours.load_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_states_that_do_not_fit_are_refused_by_name_and_change_nothing() -> None:
+    ours = engine()
+    ours.train_step(batch(0), 1e-2)
+    weights, moments = copy_of(ours.model_state()), copy_of(ours.optimizer_state())
+    name = "layers.0.attention.query.weight"
+    for broken, words in (
+        ({k: v for k, v in weights.items() if k != name}, name),
+        ({**weights, "layers.9.extra": torch.ones(1)}, "layers.9.extra"),
+        ({**weights, name: weights[name][1:]}, name),
+        ({**weights, name: weights[name].double()}, "float64"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            ours.load_model_state(broken)
+    for broken, words in (
+        ({k: v for k, v in moments.items() if k != f"{name}/step"}, f"{name}/step"),
+        ({**moments, f"{name}/momentum_buffer": weights[name]}, "momentum_buffer"),
+        ({**moments, f"{name}/exp_avg": weights[name].bfloat16()}, "bfloat16"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            ours.load_optimizer_state(broken)
+    assert_same(ours.model_state(), weights)
+    assert_same(ours.optimizer_state(), moments)
+
+
+def test_a_parameter_without_a_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = engine()
+    layer = ours._weights.model.layers["1"]  # type: ignore[attr-defined]
+    monkeypatch.setattr(layer.mlp.down, "forward", lambda x: torch.zeros(*x.shape[:-1], SHAPE.hidden_size))
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.down\.weight"):
+        ours.train_step(batch(0), 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("engine", "deepspeed"),
+        ("tensor", 2),
+        ("sequence", True),
+        ("pipeline", 2),
+        ("context", 2),
+        ("data_shard", "full"),
+        ("recompute", "full"),
+    ],
+)
+def test_T3_what_cannot_run_is_refused_by_its_key(key: str, value: object) -> None:
+    with pytest.raises(UnavailableError, match=f"parallel.{key}"):
+        build_engine(SHAPE, ADAMW, ParallelSection(**{key: value}), TRAIN, 0, "fp32")  # type: ignore[arg-type]
+
+
+def test_T3_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnavailableError, match="WORLD_SIZE is 2"):
+        engine()

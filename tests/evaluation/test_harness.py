@@ -1,0 +1,111 @@
+"""The door to lm-evaluation-harness: what it measures equals what the model says, without any network."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf.made_checkpoint import library_code, library_prose, make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron.config.errors import ConfigError, DataError, UnavailableError
+from megatron.evaluation.harness import HarnessSettings, ratio_stderr, require_harness, run_tasks
+from megatron.evaluation.precision import choose_dtype
+from megatron.evaluation.task_files import write_held_out_tasks
+from megatron.hf.checkpoint_source import open_source
+from megatron.hf.export import export_checkpoint
+
+SETTINGS = HarnessSettings(batch_size=8, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder)
+    return export_checkpoint(open_source(folder / "run"), folder / "out", proven=False).folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    code = library_code()
+    write_held_out_tasks(folder, {"code": code, "text": library_prose(code)}, 12, 2000)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise AssertionError(f"the network was asked: {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def log_likelihood(model: Path, context: str, continuation: str) -> float:
+    """By transformers alone: the sum over the tokens that the continuation adds."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    before, both = tokenizer(context)["input_ids"], tokenizer(context + continuation)["input_ids"]
+    window = both[-(network.config.max_position_embeddings + 1) :]
+    with torch.no_grad():
+        scores = network(torch.tensor([window[:-1]])).logits[0].log_softmax(-1)
+    added = len(both) - len(before)
+    return float(sum(scores[-added + i, both[len(before) + i]] for i in range(added)))
+
+
+def test_accuracy_is_that_of_the_largest_likelihood(model: Path, tasks: Path) -> None:
+    found = run_tasks(model, ["heldout_text"], tasks, SETTINGS)["heldout_text"]
+    right = ""
+    for line in (tasks / "heldout_text.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        scores = [log_likelihood(model, row["context"], choice) for choice in row["choices"]]
+        right += str(int(scores.index(max(scores)) == row["answer"]))
+    assert found["correct"] == right and found["items"] == 12
+    share = right.count("1") / 12
+    assert found["metrics"]["acc"]["value"] == pytest.approx(share)
+    assert found["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 11))
+
+
+def test_bits_a_byte_have_a_standard_error(model: Path, tasks: Path) -> None:
+    found = run_tasks(model, ["heldout_code_loss"], tasks, SETTINGS)["heldout_code_loss"]["metrics"]
+    assert 1 < found["bits_per_byte"]["value"] < 30 and 0 < found["bits_per_byte"]["stderr"] < 3
+    assert found["byte_perplexity"]["value"] == pytest.approx(2 ** found["bits_per_byte"]["value"])
+
+
+def test_ratio_stderr_is_that_of_a_mean_where_all_weights_are_equal() -> None:
+    values = [1.0, 4.0, 2.0, 7.0, 3.5]
+    deviation = torch.tensor(values).std().item()
+    assert ratio_stderr([(value, 2.0) for value in values]) == pytest.approx(deviation / math.sqrt(5) / 2)
+    assert ratio_stderr([(1.0, 2.0)]) is None
+
+
+def test_B1_unknown_tasks_and_folders_are_named(model: Path, tasks: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'heldout_cod'.*heldout_code"):
+        run_tasks(model, ["heldout_cod"], tasks, SETTINGS)
+    with pytest.raises(DataError, match="not a model folder"):
+        run_tasks(tmp_path, ["heldout_code"], tasks, SETTINGS)
+
+
+def test_B1_an_answer_longer_than_the_model_is_said(model: Path, tmp_path: Path) -> None:
+    write_held_out_tasks(tmp_path, {"code": [text * 2 for text in library_code(6)]}, 2, 500)
+    row = {"context": "def", "choices": [" f(x)" * 200, " g"], "answer": 0}
+    (tmp_path / "heldout_code.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="160 positions"):
+        run_tasks(model, ["heldout_code"], tmp_path, SETTINGS)
+
+
+def test_T3_a_missing_harness_or_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnavailableError, match="--device cpu"):
+        choose_dtype("auto", "cuda:77")
+    assert choose_dtype("float32", "cpu")[0] == "float32"
+    assert choose_dtype("auto", "cpu")[0] in ("float32", "bfloat16")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UnavailableError, match="pip install") as caught:
+        require_harness()
+    assert caught.value.exit_code == 6
