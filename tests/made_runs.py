@@ -24,7 +24,9 @@ def write_corpus(prefix: Path, documents: int, seed: int, longest: int = 120) ->
     return prefix
 
 
-def run_tables(folder: Path, sources: dict[str, dict[str, Any]], stages: list[dict[str, Any]], **over: Any) -> dict[str, Any]:
+def run_tables(
+    folder: Path, sources: dict[str, dict[str, Any]], stages: list[dict[str, Any]], **over: Any
+) -> dict[str, Any]:
     """The tables of a run config with defaults that tests can do with; `over` replaces whole tables."""
     tables: dict[str, Any] = {
         "run": {"name": "test", "output": str(folder / "run"), "seed": 7},
@@ -37,7 +39,7 @@ def run_tables(folder: Path, sources: dict[str, dict[str, Any]], stages: list[di
             "intermediate_size": 64,
         },
         "sources": sources,
-        "train": {"global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
+        "train": {"global_batch_size": 4, "micro_batch_size": 1, "precision": "fp32"},
         "validation": {"fraction": "0", "every": 1000},
         "stages": stages,
     }
@@ -46,6 +48,8 @@ def run_tables(folder: Path, sources: dict[str, dict[str, Any]], stages: list[di
     return tables | over
 
 
-def run_config(folder: Path, sources: dict[str, dict[str, Any]], stages: list[dict[str, Any]], **over: Any) -> RunConfig:
+def run_config(
+    folder: Path, sources: dict[str, dict[str, Any]], stages: list[dict[str, Any]], **over: Any
+) -> RunConfig:
     """`run_tables` as a RunConfig."""
     return config_from_tables(run_tables(folder, sources, stages, **over))

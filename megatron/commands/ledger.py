@@ -13,7 +13,7 @@ from megatron.commands.tables import console_for_tables, new_table
 from megatron.config.errors import EXIT_CHANGED_PAST, EXIT_DONE, CheckpointError
 from megatron.config.quantities import format_count
 from megatron.data.ledger import Ledger, ledger_rows
-from megatron.planner.resolve import read_ledger
+from megatron.planner.ledger_files import checkpoint_folders, read_ledger
 
 EPILOG = """\
 example:
@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|diff")
     show = actions.add_parser("show", help="one ledger as a table")
-    show.add_argument("run", type=Path, metavar="RUN", help="a run folder, a checkpoint folder or a state.json")
+    show.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint folder")
     show.add_argument("--json", action="store_true", help="print it as JSON")
     diff = actions.add_parser("diff", help="two ledgers side by side")
-    diff.add_argument("a", type=Path, metavar="A", help="a run folder, a checkpoint folder or a state.json")
+    diff.add_argument("a", type=Path, metavar="A", help="a run folder or a checkpoint folder")
     diff.add_argument("b", type=Path, nargs="?", metavar="B", help="default: the run's two newest checkpoints")
 
 
@@ -89,7 +89,7 @@ def _show(ledger: Ledger, console: Console) -> None:
 
 def _diff(a: Path, b: Path | None, console: Console) -> int:
     if b is None:
-        folders = sorted(path.parent for path in (a / "checkpoints").glob("step-*/manifest.json"))
+        folders = checkpoint_folders(a)
         if len(folders) < 2:
             raise CheckpointError(f"{a}: has {len(folders)} checkpoints; diff needs two, or a second path")
         a, b = folders[-2], folders[-1]

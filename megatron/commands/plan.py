@@ -13,8 +13,9 @@ from megatron.commands.frame import config_arguments, load_from
 from megatron.commands.tables import console_for_tables, new_table
 from megatron.config.load import json_schema
 from megatron.config.quantities import format_count
+from megatron.planner.ledger_files import read_ledger
 from megatron.planner.plan import plan_of
-from megatron.planner.resolve import read_ledger, resolve_run
+from megatron.planner.resolve import resolve_run
 
 EPILOG = """\
 example:

@@ -47,6 +47,7 @@ class StageRecord:
     cursor: str
     weights: dict[str, Any]
     sizes: dict[str, int]
+    used: dict[str, int]
     caps: dict[str, list[str]]
     lr: dict[str, Any]
     taken: dict[str, str] = field(default_factory=dict)

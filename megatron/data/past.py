@@ -24,6 +24,7 @@ def frozen_stages(ledger: Ledger) -> list[FrozenStage]:
             samples=record.planned_samples,
             finished=record.finished or index < last,
             sizes=record.sizes,
+            used=record.used,
             caps={name: (Decimal(cap), dry) for name, (cap, dry) in record.caps.items()},
         )
         for index, record in enumerate(ledger.stages)
@@ -40,6 +41,8 @@ def check_words(ledger: Ledger, sections: Sequence[StageSection]) -> None:
         section = sections[index]
         if section.name != record.name:
             differences.append(f"stage {index} was {record.name!r} and is now {section.name!r}")
+        if (section.take.cursors == "continue") != ("cursors" not in record.taken):
+            differences.append(f"stage {record.name!r}: take.cursors has changed, and the stage has begun")
         groups = {source.group for name, source in ledger.sources.items() if name in record.sizes}
         tables = [section.mixture, section.mixture_tokens, section.mixture_epochs, section.ramp_to]
         tables += [phase.mixture for phase in section.phases or []]

@@ -188,6 +188,7 @@ class SampleStream:
             cursor=stage.cursor,
             weights=stage.weights.to_json(),
             sizes={name: fact.epoch_tokens for name, fact in stage.facts.items()},
+            used=dict(stage.used_before),
             caps={name: [str(fact.max_epochs), fact.dry] for name, fact in stage.facts.items()},
             lr=lr,
         )

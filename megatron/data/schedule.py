@@ -127,7 +127,10 @@ def resolve_schedule(
     used = dict.fromkeys(facts, 0)
     step = sample = token = 0
     for index, section in enumerate(sections):
-        if section.take.cursors != "continue" and taken is not None:
+        frozen = begun[index] if index < len(begun) else None
+        if frozen is not None:
+            used = {name: frozen.used.get(name, 0) for name in used}
+        elif section.take.cursors != "continue" and taken is not None:
             used |= {name: tokens for name, tokens in taken(section.take.cursors).items() if name in used}
         resolver = StageResolver(
             section,
@@ -135,7 +138,7 @@ def resolve_schedule(
             section.seq_length or seq_length,
             section.global_batch_size or global_batch_size,
             used,
-            begun[index] if index < len(begun) else None,
+            frozen,
         )
         samples, weights = resolver.resolve(run_tokens)
         counts = _counts_at(weights, resolver.groups, samples)

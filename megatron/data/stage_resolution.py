@@ -35,13 +35,17 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class FrozenStage:
-    """What a begun stage's ledger record fixes for its resolution: sizes of the sources known when it began, and their
-    caps where it is finished (a cap that is edited later speaks of later stages)."""
+    """What a begun stage's ledger record fixes for its resolution.
+
+    sizes, used: tokens of the sources known when it began, and how many of them were used by then · caps: where it is
+    finished, since a cap that is edited later speaks of later stages.
+    """
 
     name: str
     samples: int
     finished: bool
     sizes: Mapping[str, int]
+    used: Mapping[str, int]
     caps: Mapping[str, tuple[Decimal, str]]
 
 

@@ -6,13 +6,12 @@ laws and the trainer all start here, so that none of them can see another order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config.errors import CheckpointError
+from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger
 from megatron.data.past import Today, check_past, check_words, frozen_stages, record_lr
@@ -20,6 +19,7 @@ from megatron.data.samples import SampleStream
 from megatron.data.schedule import Schedule, facts_of, resolve_schedule
 from megatron.data.sources import OpenSource, TokenizerIdentity, open_sources
 from megatron.optim.lr import LRSchedule, resolve_lr
+from megatron.planner.ledger_files import read_ledger
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,10 @@ def resolve_run(
         cache_dir=cache_folder(config),
         tokenizer=tokenizer,
     )
-    taken = {
-        section.take.cursors: read_ledger(Path(section.take.cursors))
-        for section in config.stages
-        if section.take.cursors != "continue"
-    }
+    # What a begun stage took is in the ledger: the checkpoint that it came from need not exist any more.
+    yet_to_begin = config.stages[len(ledger.stages) if ledger is not None else 0 :]
+    asked = {section.take.cursors for section in yet_to_begin} - {"continue"}
+    taken = {path: read_ledger(Path(path)) for path in sorted(asked)}
     schedule = resolve_schedule(
         config.stages,
         facts_of(config.sources, {name: source.epoch_tokens for name, source in sources.items()}),
@@ -84,6 +83,7 @@ def resolve_run(
         begun=frozen_stages(ledger) if ledger is not None else (),
         taken=lambda path: {name: row.lifetime_tokens for name, row in taken[path].sources.items()},
     )
+    check_batches(schedule, config.train.micro_batch_size)
     lr = resolve_lr(config.stages, schedule)
     by_stage = {i: taken[s.take.cursors] for i, s in enumerate(config.stages) if s.take.cursors in taken}
     identity = tokenizer.fingerprint if tokenizer is not None else ""
@@ -103,21 +103,13 @@ def resolve_run(
     return ResolvedRun(sources, schedule, lr, ledger, by_stage, tuple(events))
 
 
-def read_ledger(path: Path) -> Ledger:
-    """The ledger of a checkpoint folder, of a run folder's newest checkpoint, or of a state.json.
-
-    Raises CheckpointError.
-    """
-    file = path
-    if path.is_dir():
-        folders = sorted((path / "checkpoints").glob("step-*/manifest.json"))
-        file = (folders[-1].parent if folders else path) / "state.json"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return Ledger.from_json(record["data"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; name a checkpoint folder or a run folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: holds no ledger: {error!r}") from None
+def check_batches(schedule: Schedule, micro_batch_size: int) -> None:
+    """Raises ConfigError for a training stage whose global batch is not whole microbatches."""
+    for stage in schedule.stages:
+        whole, left = divmod(stage.global_batch_size, micro_batch_size)
+        if left:
+            near = [str(n * micro_batch_size) for n in (whole, whole + 1) if n]
+            raise ConfigError(
+                f"stage {stage.name!r}: global_batch_size {stage.global_batch_size} is not a multiple of "
+                f"micro_batch_size {micro_batch_size}: set train.global_batch_size to {' or '.join(near)}"
+            )

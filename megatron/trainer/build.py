@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
-from megatron.config.errors import ConfigError
 from megatron.config.load import config_to_tables, config_to_toml
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.quantities import format_count
@@ -18,7 +17,6 @@ from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger
 from megatron.data.loader import BatchLoader, validation_batches
 from megatron.data.native import backend_name
-from megatron.data.schedule import Schedule
 from megatron.data.sources import TokenizerIdentity
 from megatron.engines.base import Engine, PrecisionChoice
 from megatron.engines.build import build_engine
@@ -97,7 +95,6 @@ def build(
         vars(state).update(vars(TrainerState.from_json(found.state)))
     if state.consumed_samples >= resolved.schedule.samples:
         return None
-    check_batches(resolved.schedule, config.train.micro_batch_size)
     check_takes(config.stages[len(resolved.ledger.stages) :])
     shape = resolve_model(
         config.model, tokenizer.vocab_size, max(stage.seq_length for stage in resolved.schedule.stages)
@@ -168,18 +165,6 @@ def _engine(config: RunConfig, shape: ModelShape, precision: PrecisionChoice, fo
         engine.load_optimizer_state(found.optimizer())
         engine.load_rng_state(found.rng())
     return engine
-
-
-def check_batches(schedule: Schedule, micro_batch_size: int) -> None:
-    """Raises ConfigError for a training stage whose global batch is not whole microbatches."""
-    for stage in schedule.stages:
-        whole, left = divmod(stage.global_batch_size, micro_batch_size)
-        if left:
-            near = [str(n * micro_batch_size) for n in (whole, whole + 1) if n]
-            raise ConfigError(
-                f"stage {stage.name!r}: global_batch_size {stage.global_batch_size} is not a multiple of "
-                f"micro_batch_size {micro_batch_size}: set train.global_batch_size to {' or '.join(near)}"
-            )
 
 
 def description(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from made_runs import run_config, write_corpus
 
+from megatron.checkpoint.manifest import build_manifest, manifest_bytes
 from megatron.commands import inspect_data, ledger, plan
 from megatron.commands.frame import run_command
 from megatron.config.load import config_to_toml
@@ -72,7 +73,7 @@ def checkpoint(folder: Path, config_file: Path, samples: int, **change: Any) -> 
         stream.next_batch()
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"data": stream.ledger.to_json()}))
-    (folder / "manifest.json").write_text("{}")
+    (folder / "manifest.json").write_bytes(manifest_bytes(build_manifest(folder, samples // 4, keep_forever=False)))
     return folder
 
 
@@ -117,4 +118,17 @@ def test_B1_inspect_data_names_what_is_wrong(
 
 def test_B1_a_ledger_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(ledger.main, ["show", str(tmp_path / "nothing")]) == 4
-    assert "no such file" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_C1_a_damaged_ledger_is_passed_over_loudly(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path / "run" / "checkpoints" / "step-000000020", config_file, 80)
+    late = checkpoint(tmp_path / "run" / "checkpoints" / "step-000000025", config_file, 100)
+    state = late / "state.json"
+    state.write_text(state.read_text().replace("100", "101", 1))
+    assert run_command(ledger.main, ["show", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr()
+    assert "step-000000025" in shown.err and "80 samples" in shown.out
+    assert run_command(ledger.main, ["show", str(late)]) == 4

@@ -1,4 +1,4 @@
-"""The config file: read exactly, written back equal, and wrong keys named with their place and the nearest right one."""
+"""The config file: read exactly, written back equal, wrong keys named with their place and the nearest right one."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
 
 
 def test_overrides_reach_tables_lists_and_names(file: Path) -> None:
-    config = load_config(file, ["train.micro_batch_size=4", "stages.two.steps=7", "stages.0.name=uno", "run.name=other"])
+    config = load_config(
+        file, ["train.micro_batch_size=4", "stages.two.steps=7", "stages.0.name=uno", "run.name=other"]
+    )
     assert (config.train.micro_batch_size, config.stages[1].steps) == (4, 7)
     assert (config.stages[0].name, config.run.name) == ("uno", "other")
 
@@ -86,7 +88,11 @@ def test_the_schema_describes_every_table() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("global_batch_size", "global_bach_size", r"run.toml:20: unknown key train.global_bach_size: .*'global_batch_size'"),
+        (
+            "global_batch_size",
+            "global_bach_size",
+            r"run.toml:20: unknown key train.global_bach_size: .*'global_batch_size'",
+        ),
         ("steps = 10", "stepz = 10", r"run.toml:30: unknown key stages.1.stepz: did you mean 'steps'"),
         ("web = 0.9", "web = -0.9", r"run.toml:25: stages.0.mixture.web = -0.9: .*greater than or equal to 0"),
         ('tokens = "5B"', 'tokens = "5X"', r'run.toml:17: sources.web.tokens = "5X": .* is not a quantity'),

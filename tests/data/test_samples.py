@@ -79,7 +79,9 @@ def stage_tables(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> list[dict[str, Any]]:
-    return [stage | {"name": f"stage{i}"} for i, stage in enumerate(draw(st.lists(stage_tables(), min_size=1, max_size=4)))]
+    return [
+        stage | {"name": f"stage{i}"} for i, stage in enumerate(draw(st.lists(stage_tables(), min_size=1, max_size=4)))
+    ]
 
 
 common = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -205,7 +207,11 @@ def test_M4_sources_join_late_leave_and_come_back_where_they_were(corpora: Path)
         {"name": "three", "samples": 20, "mixture": {"c": 1, "d": 1}},
     ]
     order = samples_of(resolve_run(config_of(corpora, stages)))
-    assert [Counter(s.source for s in order[i : i + 20]) for i in (0, 20, 40)] == [{"c": 20}, {"d": 20}, {"c": 10, "d": 10}]
+    assert [Counter(s.source for s in order[i : i + 20]) for i in (0, 20, 40)] == [
+        {"c": 20},
+        {"d": 20},
+        {"c": 10, "d": 10},
+    ]
     keys = [key for sample in order for key in inputs_of(sample)]
     assert len(set(keys)) == len(keys)
 
@@ -350,3 +356,25 @@ def test_targets_are_the_next_token_of_the_same_document(corpora: Path) -> None:
                 assert arrays.document_ids[place] == number
                 place += 1
         assert place == 16
+
+
+def test_M2_cursors_taken_from_another_run_go_on_where_it_stopped(corpora: Path, tmp_path: Path) -> None:
+    from megatron.checkpoint.manifest import build_manifest, manifest_bytes
+
+    ledger = begun(corpora, TWO, 80)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"data": ledger.to_json()}))
+    (folder / "manifest.json").write_bytes(manifest_bytes(build_manifest(folder, 20, keep_forever=False)))
+    three = {"name": "three", "samples": 40, "mixture": {"code": 1, "text": 1}}
+    whole = samples_of(resolve_run(config_of(corpora, [*(dict(stage) for stage in TWO), dict(three)])))
+    config = config_of(corpora, [three | {"take": {"cursors": str(folder)}}])
+    run = resolve_run(config)
+    stream = run.stream()
+    order = [sample for _ in range(5) for sample in stream.next_batch()]
+    ledger = Ledger.from_json(json.loads(json.dumps(stream.ledger.to_json())))
+    assert run.schedule.stages[0].used_before["c"] == sum(s.source == "c" for s in whole[:80]) * 16
+    # resumed after the other run's checkpoint is gone
+    (folder / "state.json").unlink()
+    order += samples_of(resolve_run(config, ledger=ledger))
+    assert [(s.source, s.pieces) for s in order] == [(s.source, s.pieces) for s in whole[80:]]
