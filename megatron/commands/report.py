@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron.config.errors import EXIT_DONE, DataError, StagemixError
+from megatron.config.errors import EXIT_DONE, CheckpointError, DataError, StagemixError
 from megatron.config.load import load_config
 from megatron.config.model_shape import ModelShape
 from megatron.config.quantities import format_count
@@ -15,6 +15,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger, ledger_rows
 from megatron.metrics.report import render_report
 from megatron.metrics.report_data import ReportData, read_metrics
+from megatron.planner.ledger_files import checkpoint_folders, read_ledger
 from megatron.planner.plan import plan_of
 from megatron.planner.resolve import resolve_run
 
@@ -73,8 +74,7 @@ def gather(run: Path, evaluations: list[Path]) -> ReportData:
     config_file = run / "config.toml"
     notes: list[str] = []
     config = load_config(config_file) if config_file.is_file() else None
-    state = _state(run)
-    ledger = Ledger.from_json(state["data"]) if state.get("data") else None
+    state, ledger = _checkpoint(run, notes)
     planned, groups = _planned(config, ledger, notes)
     for row in steps:
         for source in row.get("samples_by_source", {}):
@@ -94,16 +94,15 @@ def gather(run: Path, evaluations: list[Path]) -> ReportData:
     )
 
 
-def _state(run: Path) -> dict[str, Any]:
-    """state.json of the newest checkpoint; empty where there is none."""
-    files = sorted((run / "checkpoints").glob("step-*/state.json"))
-    if not files:
-        return {}
-    try:
-        state: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
-        return state
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{files[-1]}: not JSON: {error}") from None
+def _checkpoint(run: Path, notes: list[str]) -> tuple[dict[str, Any], Ledger | None]:
+    """state.json and ledger of the newest checkpoint that has them whole; damaged ones are named in the notes."""
+    for folder in reversed(checkpoint_folders(run)):
+        try:
+            ledger = read_ledger(folder)
+            return json.loads((folder / "state.json").read_text(encoding="utf-8")), ledger
+        except CheckpointError as error:
+            notes.append(f"A damaged checkpoint was passed over: {error}")
+    return {}, None
 
 
 def _planned(

@@ -132,14 +132,8 @@ def resolve_schedule(
             used = {name: frozen.used.get(name, 0) for name in used}
         elif section.take.cursors != "continue" and taken is not None:
             used |= {name: tokens for name, tokens in taken(section.take.cursors).items() if name in used}
-        resolver = StageResolver(
-            section,
-            facts,
-            section.seq_length or seq_length,
-            section.global_batch_size or global_batch_size,
-            used,
-            frozen,
-        )
+        shape = section.seq_length or seq_length, section.global_batch_size or global_batch_size
+        resolver = StageResolver(section, facts, *shape, used, frozen)
         samples, weights = resolver.resolve(run_tokens)
         counts = _counts_at(weights, resolver.groups, samples)
         resolver.check_caps(counts)

@@ -133,9 +133,8 @@ def _one(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
         error = raw.get(key.replace(metric, f"{metric}_stderr", 1))
         metrics[metric] = {"value": float(value), "stderr": float(error) if isinstance(error, int | float) else None}
     if (loss := metrics.get("bits_per_byte")) and loss["stderr"] is None:
-        loss["stderr"] = ratio_stderr([sample["bits_per_byte"] for sample in samples])
-        if loss["stderr"] is not None:
-            loss["stderr"] /= math.log(2)
+        nats = ratio_stderr([sample["bits_per_byte"] for sample in samples])
+        loss["stderr"] = None if nats is None else nats / math.log(2)
     one: dict[str, Any] = {"metrics": metrics, "items": len(samples)}
     if samples and "acc" in samples[0]:
         one["correct"] = "".join("1" if sample["acc"] else "0" for sample in samples)
@@ -165,4 +164,5 @@ def _no_network() -> None:
     datasets.config.HF_HUB_OFFLINE = True
     datasets.config.HF_DATASETS_OFFLINE = True
     datasets.disable_progress_bars()
-    importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE = True
+    hub: Any = importlib.import_module("huggingface_hub.constants")
+    hub.HF_HUB_OFFLINE = True

@@ -16,7 +16,7 @@ def pack(entry: Entry, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     if entry.layout == "vocabulary":
         return tensors[0][: shape.vocab_size].contiguous()
     if entry.layout == "per-head qkv":
-        heads = [tensor.unflatten(0, (shape.num_attention_heads, shape.head_dim)) for tensor in tensors]
+        heads = [tensor.reshape(shape.num_attention_heads, shape.head_dim, *tensor.shape[1:]) for tensor in tensors]
         return torch.stack(heads, dim=1).flatten(0, 2).contiguous()
     return tensors[0].contiguous()
 
@@ -28,6 +28,6 @@ def unpack(entry: Entry, tensor: Tensor, shape: ModelShape) -> list[Tensor]:
         padded[: shape.vocab_size] = tensor
         return [padded]
     if entry.layout == "per-head qkv":
-        heads = tensor.unflatten(0, (shape.num_attention_heads, 3, shape.head_dim))
+        heads = tensor.reshape(shape.num_attention_heads, 3, shape.head_dim, *tensor.shape[1:])
         return [heads[:, part].flatten(0, 1).contiguous() for part in range(3)]
     return [tensor.contiguous()]

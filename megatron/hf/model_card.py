@@ -10,6 +10,7 @@ from megatron.config.version import VERSION
 from megatron.data.ledger import Ledger, ledger_rows
 from megatron.hf.checkpoint_source import CheckpointSource
 from megatron.hf.parity import Proof
+from megatron.planner.ledger_files import read_ledger
 
 _HEAD = """---
 library_name: transformers
@@ -43,13 +44,13 @@ def model_card(source: CheckpointSource, architecture: str, dtype: str, proof: P
         tokens=format_count(state.get("consumed_tokens", 0)),
         version=VERSION,
     )
-    return "\n".join([head, *_ledger(state), *_evaluation(), *_notes(source), *_proof(proof)]) + "\n"
+    return "\n".join([head, *_ledger(source), *_evaluation(), *_notes(source), *_proof(proof)]) + "\n"
 
 
-def _ledger(state: dict[str, Any]) -> list[str]:
-    if not state.get("data"):
+def _ledger(source: CheckpointSource) -> list[str]:
+    if not source.ref.state.get("data"):
         return ["## Training", "", "This checkpoint keeps no ledger, so what it was trained on is not known here.", ""]
-    ledger = Ledger.from_json(state["data"])
+    ledger = read_ledger(source.ref.path)
     rows = ledger_rows(ledger)
     return [
         "## Training stages",

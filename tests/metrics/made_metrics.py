@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.manifest import build_manifest, manifest_bytes
 from megatron.config.load import config_from_tables, config_to_toml
 from megatron.config.model_shape import resolve_model
 from megatron.data.ledger import Ledger, SourceRecord, SourceUse, StageRecord
@@ -68,6 +69,7 @@ def make_run(folder: Path, upto: float = 1.0, sources: dict[str, str] | None = N
         "data": _ledger(run, steps).to_json(),
     }
     (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").write_bytes(manifest_bytes(build_manifest(checkpoint, steps, True)))
     return folder
 
 
@@ -121,7 +123,8 @@ def _ledger(run: ResolvedRun, steps: int) -> Ledger:
         sizes = {n: fact.epoch_tokens for n, fact in stage.facts.items()}
         law = run.lr.laws[stage.index].to_json()
         weights = stage.weights.to_json()
-        ledger.stages.append(StageRecord(*place, weights, sizes, caps, law, samples=samples, use=use))
+        used = dict(stage.used_before)
+        ledger.stages.append(StageRecord(*place, weights, sizes, used, caps, law, samples=samples, use=use))
     return ledger
 
 

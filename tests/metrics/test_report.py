@@ -120,6 +120,14 @@ def test_missing_parts_are_said(run: Path, tmp_path: Path) -> None:
     assert "The run has no steps yet" in render_report(gather(bare, []))
 
 
+def test_a_damaged_checkpoint_is_named_on_the_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 0.2)
+    state = next(folder.glob("checkpoints/*/state.json"))
+    state.write_text(state.read_text().replace("1234", "4321"))
+    said = render_report(gather(folder, []))
+    assert "A damaged checkpoint was passed over" in said and "No checkpoint with a ledger" in said
+
+
 def test_names_are_never_markup(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 0.1, {"code": "<script>alert(1)</script>", "text": "text"})
     evaluation = json.loads(make_evaluation(tmp_path / "e.json").read_text())
