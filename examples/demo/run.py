@@ -250,7 +250,7 @@ def accuracies(results: Path) -> list[str]:
     chance = {name: task["chance"] for name, task in record["tasks"].items() if task["chance"]}
     lines = [""]
     for model in record["models"]:
-        right = {name: model["results"][name]["metrics"]["acc"]["value"] for name in chance}
+        right = {name: model["results"][name]["metrics"]["acc_mutual_info"]["value"] for name in chance}
         words = (f"{name} {value:.1%} (chance {chance[name]:.0%})" for name, value in right.items())
         lines.append(f"right answers, {model['name']}: {', '.join(words)}")
     return lines

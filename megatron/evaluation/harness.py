@@ -16,6 +16,9 @@ from typing import Any
 
 from megatron.config.errors import ConfigError, DataError, UnavailableError
 
+# The accuracy of a task that is shown first and compared: the first of these that the task has.
+ACCURACIES = ("acc_mutual_info", "acc")
+
 
 @dataclass(frozen=True)
 class HarnessSettings:
@@ -47,8 +50,9 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Results by task: {"metrics": {name: {"value", "stderr"}}, "items", "correct"} of the model in `folder`.
 
-    `correct` is a string of 0 and 1, item by item, for tasks with accuracy: what paired comparisons need. Standard
-    errors are the harness' own; for bits a byte, where it gives none, of the ratio estimator over documents.
+    `correct` is a string of 0 and 1, item by item, for the first of ACCURACIES that a task has: what paired
+    comparisons need. Standard errors are the harness' own; for bits a byte, where it gives none, of the ratio
+    estimator over documents.
     Raises ConfigError for an unknown task, DataError where a data set cannot be had.
     """
     lm_eval = require_harness()
@@ -136,8 +140,9 @@ def _one(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
         nats = ratio_stderr([sample["bits_per_byte"] for sample in samples])
         loss["stderr"] = None if nats is None else nats / math.log(2)
     one: dict[str, Any] = {"metrics": metrics, "items": len(samples)}
-    if samples and "acc" in samples[0]:
-        one["correct"] = "".join("1" if sample["acc"] else "0" for sample in samples)
+    accuracy = next((metric for metric in ACCURACIES if samples and metric in samples[0]), None)
+    if accuracy is not None:
+        one["correct"] = "".join("1" if sample[accuracy] else "0" for sample in samples)
     return one
 
 

@@ -1,7 +1,11 @@
 """Held-out texts as local tasks of lm-evaluation-harness: JSONL beside YAML, usable with `lm_eval` itself too.
 
-For each source two tasks: `heldout_SOURCE`, multiple choice (acc, acc_norm; chance 0.25), and `heldout_SOURCE_loss`,
-bits a byte and perplexity over whole passages.
+For each source two tasks: `heldout_SOURCE`, multiple choice (chance 0.25), and `heldout_SOURCE_loss`, bits a byte and
+perplexity over whole passages.
+
+Of the accuracies, `acc_mutual_info` is the one to read: it takes the continuation whose likelihood the context raises
+most, log P(choice | context) - log P(choice) (Holtzman et al. 2021, "Surface form competition"). Plain `acc` mostly
+asks which of four passages is the most common text, whatever stood before it.
 """
 
 from __future__ import annotations
@@ -111,6 +115,7 @@ def _choice_yaml() -> dict[str, Any]:
         "metric_list": [
             {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
             {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_mutual_info", "aggregation": "mean", "higher_is_better": True},
         ],
     }
 

@@ -202,17 +202,20 @@ def evaluation_plot(evaluation: Mapping[str, Any], identity: str) -> str:
     legend = [(f"point c{number % COLOURS}", name) for number, name in enumerate(models)]
     if any(chance is not None for chance in chances.values()):
         legend.append(("chance", "chance"))
-    caption = "Share of questions answered rightly (acc). Bars: 95 % intervals, 1.96 standard errors each way."
+    by_context = any("acc_mutual_info" in r["metrics"] for m in evaluation["models"] for r in m["results"].values())
+    how = "the continuation whose likelihood the context raises most" if by_context else "acc"
+    caption = f"Share of questions answered rightly ({how}). Bars: 95 % intervals, 1.96 standard errors each way."
     title = "Which continuation is the true one?" if evaluation.get("suite") == "heldout" else "Accuracy by task"
     return figure(identity, title, caption, legend, svgs)
 
 
 def accuracy_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
-    """(task, model, accuracy, standard error) of every task that has an accuracy."""
+    """(task, model, accuracy, standard error) of every task that has an accuracy; of several, that by mutual
+    information."""
     rows = []
     for model in evaluation["models"]:
         for task, result in model["results"].items():
-            found = result["metrics"].get("acc")
+            found = result["metrics"].get("acc_mutual_info") or result["metrics"].get("acc")
             if found and found["value"] is not None:
                 rows.append((task, model["name"], found["value"], found["stderr"] or 0.0))
     return rows
