@@ -11,6 +11,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -178,12 +179,29 @@ class MixtureStream {
                               : floor_divide(missing + Wide{2} * weight - 1, Wide{2} * weight);
       return segment.start + static_cast<int64_t>(slot);
     }
-    int64_t low = 0, high = segment.length;  // holds at high, not at low
     const Wide scaled = wanted * segment.length;
+    const auto holds = [&](int64_t offset) {
+      const Wide numerator = segment.numerator(source, offset);
+      return above ? numerator > scaled : numerator >= scaled;
+    };
+    int64_t low = 0, high = segment.length;  // holds at high, not at low
+    // The quadratic's root in floating point is near; what is exact is the search around it.
+    const double slope = static_cast<double>(segment.first[source]) * static_cast<double>(segment.length);
+    const double missing =
+        static_cast<double>(wanted - segment.bases[source]) * static_cast<double>(segment.length);
+    const double change = static_cast<double>(segment.last[source] - segment.first[source]);
+    const double divisor = slope + std::sqrt(std::max(0.0, slope * slope + change * missing));
+    const double root = divisor > 0 ? missing / divisor : 0;
+    int64_t probe = root < static_cast<double>(high) ? static_cast<int64_t>(root) + 1 : high - 1;
+    for (int64_t stride = 1; stride < 16 && high - low > 1; stride *= 2) {
+      probe = std::min(std::max(probe, low + 1), high - 1);
+      const bool held = holds(probe);
+      (held ? high : low) = probe;
+      probe += held ? -stride : stride;
+    }
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
-      const Wide numerator = segment.numerator(source, middle);
-      (above ? numerator > scaled : numerator >= scaled) ? high = middle : low = middle;
+      (holds(middle) ? high : low) = middle;
     }
     return segment.start + high;
   }

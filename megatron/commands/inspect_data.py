@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron.commands.frame import config_arguments, load_from
 from megatron.config.errors import ConfigError
 from megatron.data.samples import Sample
 from megatron.data.sources import OpenSource
+from megatron.planner.ledger_files import read_ledger
 from megatron.planner.resolve import ResolvedRun, resolve_run
 from megatron.tokenizers.load import load_tokenizer
 
@@ -19,6 +21,7 @@ example:
   stagemix inspect_data CONFIG --samples 0:10                # one line a sample
   stagemix inspect_data CONFIG --samples 1000:1010 --text    # with the decoded text
   stagemix inspect_data CONFIG --samples 0:2000 --jsonl      # one object a sample
+  stagemix inspect_data CONFIG --ledger runs/mine            # of a run whose config was edited since it began
 
 An object is {"sample", "stage", "source", "epoch", "epochs", "pieces"}. `pieces` are [document, start, end]:
 half-open input positions within documents, which are numbered by position through the source's data list. A:B are
@@ -31,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser)
     parser.add_argument(
         "--samples", default="0:10", metavar="A:B", help="global sample numbers, half-open (default 0:10)"
+    )
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        metavar="RUN",
+        help="show what this run or checkpoint was and will be given, where its config was edited on the way",
     )
     parser.add_argument("--jsonl", action="store_true", help="one JSON object a sample")
     parser.add_argument("--text", action="store_true", help="decode every piece with the config's tokenizer")
@@ -47,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     config = load_from(args)
-    run = resolve_run(config)
+    run = resolve_run(config, ledger=read_ledger(args.ledger) if args.ledger else None)
     start, end = _range(args.samples, run.schedule.samples)
     decode = load_tokenizer(config.tokenizer.path).decode if args.text else None
     for sample in samples_between(run, start, end):
@@ -60,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def samples_between(run: ResolvedRun, start: int, end: int) -> Iterator[Sample]:
-    """Samples start … end − 1 of a run that has not begun, wherever they lie, without loading what comes before."""
+    """Samples start … end − 1 of a run, wherever they lie, without loading what comes before."""
     stage, offset = run.schedule.locate(start)
-    stream = run.stream()
+    stream = run.stream_from_start()
     stream.seek(start - offset % stage.global_batch_size)
     while stream.consumed_samples < end:
         for sample in stream.next_batch():

@@ -36,7 +36,11 @@ class SourceUse:
 
 @dataclass
 class StageRecord:
-    """A begun training stage, as it was resolved when it began, and what it has taken so far."""
+    """A begun training stage, as it was resolved when it began, and what it has taken so far.
+
+    planned_samples: its length, which may be edited while it runs · resolved_samples: the length that its weights were
+    resolved for when it began, which never changes: phases and ramps stay where they were.
+    """
 
     name: str
     start_sample: int
@@ -53,6 +57,10 @@ class StageRecord:
     taken: dict[str, str] = field(default_factory=dict)
     samples: int = 0
     use: dict[str, SourceUse] = field(default_factory=dict)
+    resolved_samples: int = 0
+
+    def __post_init__(self) -> None:
+        self.resolved_samples = self.resolved_samples or self.planned_samples
 
     @property
     def finished(self) -> bool:

@@ -12,6 +12,7 @@ integers; csrc/mixture.cpp equals it and is used where the extension was built.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -77,7 +78,8 @@ def open_mixture(
 
 def _bits(function: WeightFunction, horizon: int) -> int:
     reach = max(horizon, function.segments[-1].start, 1) + 2 * function.denominator
-    longest = max((part.end - part.start for part in function.segments if part.end and part.to), default=1)
+    starts = [part.start for part in function.segments]
+    longest = max((end - start for start, end in pairwise(starts)), default=1)
     return (8 * function.denominator * reach * longest).bit_length()
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from megatron.config.errors import ChangedPastError
+from megatron.config.errors import ChangedPastError, ConfigError
 from megatron.config.schema import StageSection
-from megatron.data.ledger import ALGORITHM, Ledger, StageRecord
+from megatron.data.ledger import ALGORITHM, Ledger, SourceRecord, StageRecord
 from megatron.data.schedule import Schedule, TrainingStage
 from megatron.data.stage_resolution import FrozenStage
 from megatron.data.weight_function import WeightFunction
@@ -22,6 +22,7 @@ def frozen_stages(ledger: Ledger) -> list[FrozenStage]:
         FrozenStage(
             name=record.name,
             samples=record.planned_samples,
+            resolved_samples=record.resolved_samples,
             finished=record.finished or index < last,
             sizes=record.sizes,
             used=record.used,
@@ -111,17 +112,39 @@ def record_lr(ledger: Ledger, today: Today, allow_change: bool) -> list[dict[str
     return events
 
 
+def match_by_content(other: Ledger, seed: int, identities: Mapping[str, Mapping[str, Any]], where: str) -> Ledger:
+    """`other` with its sources under the names of those of `identities` that hold the same content; without the rest.
+
+    Raises ConfigError where a place in the other run's order of a source is no place in this one's.
+    """
+    matched: dict[str, SourceRecord] = {}
+    for name, identity in identities.items():
+        same = [theirs for theirs, row in other.sources.items() if row.fingerprint == identity["fingerprint"]]
+        if not same:
+            continue
+        matched[name] = record = other.sources[name if name in same else min(same)]
+        then = (other.algorithm, other.seed, record.piece_tokens)
+        now = (ALGORITHM, seed, identity["piece_tokens"])
+        for what, theirs, ours in zip(("algorithm version", "run.seed", "piece_tokens"), then, now, strict=True):
+            if record.lifetime_tokens and theirs != ours:
+                raise ConfigError(
+                    f"{where}: take.cursors: source {name!r} was read there with {what} {theirs} and is read here with "
+                    f"{ours}, which is another order, so that its tokens would be trained on again: make them equal"
+                )
+    return replace(other, sources=matched)
+
+
 def _changed_sources(ledger: Ledger, identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
     differences = []
+    weighted = {name for stage in ledger.stages for name in stage.use}
     for name, record in ledger.sources.items():
-        if not record.lifetime_tokens:
-            continue
-        if name not in identities:
+        if record.lifetime_tokens and name not in identities:
             differences.append(f"source {name!r} was trained on and is gone from the config")
-            continue
-        for key, now in identities[name].items():
+        for key, now in identities.get(name, {}).items():
             then = getattr(record, key)
-            if then != now:
+            # Groups decide ties from a stage's first sample on; content matters from the source's first sample on.
+            past = name in weighted if key == "group" else record.lifetime_tokens > 0
+            if past and then != now:
                 differences.append(f"source {name!r}: its {key.replace('_', ' ')} was {then} and is now {now}")
     return differences
 

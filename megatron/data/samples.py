@@ -69,9 +69,10 @@ class SampleStream:
         self.ledger = ledger
         self._words = {name: fingerprint_word(source.fingerprint) for name, source in sources.items()}
         self._streams: dict[str, SourceStream] = {}
-        for name, record in ledger.sources.items():
-            if name in sources and record.cursor:
-                self._streams[name] = sources[name].stream(CursorState.from_json(record.cursor))
+        self._renew_unused()
+        for stage in schedule.stages[max(0, len(ledger.stages) - 1) :]:
+            for name in stage.weights.sources:
+                sources[name].opened()  # fails now, not at the stage that first needs it
         self._mixture: MixtureStream | None = None
         self._stage: TrainingStage | None = None
         if ledger.stages:
@@ -172,11 +173,11 @@ class SampleStream:
         for name, source in self._sources.items():
             # Sources join the ledger when a stage that knows them begins, whether it uses them or not.
             self.ledger.sources.setdefault(name, SourceRecord(**source.identity()))
-            if name not in self._streams or stage.cursor == "restart":
-                self._streams[name] = source.stream(None)
-            if self.ledger.sources[name].lifetime_tokens == 0:
-                self.ledger.sources[name] = SourceRecord(**source.identity())
-            self.ledger.sources[name].cursor = self._streams[name].state.to_json()
+        self._renew_unused()
+        if stage.cursor == "restart":
+            self._streams.clear()
+            for source_record in self.ledger.sources.values():
+                source_record.cursor = CursorState().to_json()
         lr = dict(self._lr_records[stage.index]) if stage.index < len(self._lr_records) else {}
         record = StageRecord(
             name=stage.name,
@@ -192,12 +193,25 @@ class SampleStream:
             caps={name: [str(fact.max_epochs), fact.dry] for name, fact in stage.facts.items()},
             lr=lr,
         )
+        self._open(stage, None)
         for name in stage.weights.sources:
             record.use[name] = SourceUse(start=self._streams[name].state.to_json())
         if stage.index in self._taken:
             record.taken["cursors"] = self._taken[stage.index].order_hash
         self.ledger.stages.append(record)
-        self._open(stage, None)
+
+    def _renew_unused(self) -> None:
+        """Sources that nothing was taken of are what today's config says; so are the groups of those without part."""
+        weighted = {name for stage in self.ledger.stages for name in stage.use}
+        for name, record in self.ledger.sources.items():
+            if name not in self._sources:
+                continue
+            if record.lifetime_tokens == 0:
+                self.ledger.sources[name] = SourceRecord(
+                    **self._sources[name].identity(), cursor=CursorState().to_json()
+                )
+            elif name not in weighted:
+                record.group = self._sources[name].group
 
     def _take_cursors(self, index: int) -> None:
         """Cursors and lifetime tokens from another run's ledger, for the sources that both know by content."""
@@ -209,7 +223,7 @@ class SampleStream:
                 mine = SourceRecord(**self._sources[name].identity())
                 mine.lifetime_tokens, mine.cursor = theirs.lifetime_tokens, dict(theirs.cursor)
                 self.ledger.sources[name] = mine
-                self._streams[name] = self._sources[name].stream(CursorState.from_json(theirs.cursor))
+                self._streams.pop(name, None)
 
     def _continue_stage(self) -> None:
         record = self.ledger.stages[-1]
@@ -218,6 +232,10 @@ class SampleStream:
         self._open(stage, [record.use[name].samples for name in stage.weights.sources])
 
     def _open(self, stage: TrainingStage, counts: list[int] | None) -> None:
+        for name in stage.weights.sources:
+            if name not in self._streams:
+                state = CursorState.from_json(self.ledger.sources[name].cursor)
+                self._streams[name] = self._sources[name].stream(state)
         self._stage = stage
         self._mixture = open_mixture(stage.weights, stage.groups(), counts, horizon=stage.samples)
 

@@ -8,7 +8,7 @@ that a change of the past shows as a difference and a change of the future does 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron.config.schema import SourceSection, StageSection
@@ -109,7 +109,7 @@ def resolve_schedule(
     global_batch_size: int,
     run_tokens: int | None = None,
     begun: Sequence[FrozenStage] = (),
-    taken: Callable[[str], Mapping[str, int]] | None = None,
+    taken: Mapping[int, Mapping[str, int]] | None = None,
 ) -> Schedule:
     """Every stage in order.
 
@@ -119,7 +119,7 @@ def resolve_schedule(
         seq_length, global_batch_size: for stages that do not say their own.
         run_tokens: `train.tokens`, for stages given as a share of the run.
         begun: frozen records of the stages that have begun, from a ledger.
-        taken: tokens used of each source according to the checkpoint at a path, for `take.cursors`.
+        taken: by number of the stages yet to begin with `take.cursors`, tokens used of each source by that checkpoint.
 
     Raises ConfigError where a stage cannot be carried out as written.
     """
@@ -130,8 +130,8 @@ def resolve_schedule(
         frozen = begun[index] if index < len(begun) else None
         if frozen is not None:
             used = {name: frozen.used.get(name, 0) for name in used}
-        elif section.take.cursors != "continue" and taken is not None:
-            used |= {name: tokens for name, tokens in taken(section.take.cursors).items() if name in used}
+        elif taken is not None:
+            used |= taken.get(index, {})
         shape = section.seq_length or seq_length, section.global_batch_size or global_batch_size
         resolver = StageResolver(section, facts, *shape, used, frozen)
         samples, weights = resolver.resolve(run_tokens)

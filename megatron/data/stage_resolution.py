@@ -37,12 +37,14 @@ class SourceFacts:
 class FrozenStage:
     """What a begun stage's ledger record fixes for its resolution.
 
-    sizes, used: tokens of the sources known when it began, and how many of them were used by then · caps: where it is
-    finished, since a cap that is edited later speaks of later stages.
+    samples: its length by the last checkpoint · resolved_samples: the length that its weights were resolved for ·
+    sizes, used: tokens of the sources known when it began, and how many of them were used by then · caps: max_epochs
+    and dry policy when it began.
     """
 
     name: str
     samples: int
+    resolved_samples: int
     finished: bool
     sizes: Mapping[str, int]
     used: Mapping[str, int]
@@ -70,7 +72,12 @@ class StageResolver:
         self.frozen = frozen
         self.where = f"stage {section.name!r}"
         self.groups = {name: fact.group for name, fact in facts.items()}
-        self.notes: list[str] = []
+        self.notes = [
+            f"max_epochs and dry of {name} stay {self.facts[name].max_epochs} and {self.facts[name].dry} in this "
+            "stage, which has begun"
+            for name, fact in facts.items()
+            if (self.facts[name].max_epochs, self.facts[name].dry) != (fact.max_epochs, fact.dry)
+        ]
 
     def resolve(self, run_tokens: int | None) -> tuple[int, WeightFunction]:
         """Samples and weights of the stage."""
@@ -79,7 +86,7 @@ class StageResolver:
         # A share of the run is a length only until the stage begins.
         fixed = frozen is not None and self.section.share is not None
         samples = frozen.samples if frozen is not None and fixed else self._length(phases, run_tokens)
-        weights = self._weights(phases, frozen.samples if frozen is not None else samples)
+        weights = self._weights(phases, frozen.resolved_samples if frozen is not None else samples)
         return samples, self._without_dry(weights, samples)
 
     # -- what the mixture says -------------------------------------------------------------------------------------
@@ -204,7 +211,8 @@ class StageResolver:
 
     def _weights(self, phases: Phases, samples: int) -> WeightFunction:
         absolute = self.section.mixture_tokens is not None or self.section.mixture_epochs is not None
-        denominator = samples if absolute else DENOMINATOR
+        # A length in epochs is met to the sample, however long it is.
+        denominator = samples if absolute else max(samples if self.section.epochs else 1, DENOMINATOR)
         try:
             rounded = [round_shares(weights, denominator) for _, weights in phases]
             if self.section.ramp_to is not None:
@@ -258,8 +266,10 @@ class StageResolver:
 def _as_frozen(name: str, fact: SourceFacts, frozen: FrozenStage | None) -> SourceFacts:
     if frozen is None:
         return fact
+    max_epochs, dry = frozen.caps.get(name, (fact.max_epochs, fact.dry))
+    # Where a source leaves under `renormalise` is part of the stage's weights, so an edited cap speaks of later stages.
+    # Other caps are only checks, and a running stage that is made longer may need another.
+    if not frozen.finished and "renormalise" not in (dry, fact.dry):
+        max_epochs, dry = fact.max_epochs, fact.dry
     # A source that joined a group later has no part in a stage that had begun before: it has no size there.
-    max_epochs, dry = (
-        frozen.caps.get(name, (fact.max_epochs, fact.dry)) if frozen.finished else (fact.max_epochs, fact.dry)
-    )
     return SourceFacts(fact.group, frozen.sizes.get(name, 0), max_epochs, dry)

@@ -52,12 +52,19 @@ def flatten(
         where: the training stage, for messages.
 
     Returns weights by source, not normalised; a source that is not named is absent. Raises ConfigError for an unknown
-    name, a source named both directly and through its group, and weights that are all zero.
+    name, a name of both a source and a group of others, a source named both directly and through its group, and weights
+    that are all zero.
     """
     result: dict[str, Fraction] = {}
     said_by: dict[str, str] = {}
     for name, weight in mixture.items():
-        members = [name] if name in groups else sorted(source for source, group in groups.items() if group == name)
+        grouped = sorted(source for source, group in groups.items() if group == name)
+        if name in groups and set(grouped) - {name}:
+            raise ConfigError(
+                f"{where}: mixture names {name!r}, which is a source and also the group of {', '.join(grouped)}: "
+                "give the group another name"
+            )
+        members = [name] if name in groups else grouped
         if not members:
             known = sorted({*groups, *groups.values()})
             near = difflib.get_close_matches(name, known, n=1)

@@ -25,7 +25,8 @@ Shape = Literal["constant", "linear", "cosine", "1-sqrt", "exponential"]
 class LRLaw:
     """start → peak over `warmup` tokens, then peak → final by `shape` up to `horizon`, then final for ever.
 
-    Positions are tokens from `origin`, the first token of the training stage that said the law.
+    Positions are tokens from `origin`, the first token of the training stage that said the law. The horizon of a
+    constant one is its warmup.
     """
 
     origin: int
@@ -121,7 +122,9 @@ def _resolve_law(section: LRSection, stage: TrainingStage, current: float | None
         raise ConfigError(f'{where}: final = {final:g} is never reached with shape = "constant": choose a shape')
     if section.shape == "exponential" and (final <= 0 or peak <= 0):
         raise ConfigError(f"{where}: an exponential shape needs peak and final above 0")
-    if section.shape != "constant" and horizon <= warmup:
+    if section.shape == "constant":
+        horizon = warmup  # a constant rate has none: a longer stage does not change its law
+    elif horizon <= warmup:
         raise ConfigError(f"{where}: its horizon of {horizon} tokens is not after its warmup of {warmup} tokens")
     return LRLaw(stage.start_token, start, warmup, peak, section.shape, final, horizon)
 

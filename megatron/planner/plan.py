@@ -82,10 +82,12 @@ def _group_rows(stage: TrainingStage) -> list[dict[str, Any]]:
 
 
 def _source_row(run: ResolvedRun, name: str) -> dict[str, Any]:
-    fact = run.schedule.stages[-1].facts[name]
+    last = run.schedule.stages[-1]
+    fact = last.facts[name]
     source = run.sources[name]
     used = sum(stage.counts.get(name, 0) * stage.seq_length for stage in run.schedule.stages)
-    left = fact.cap_tokens - used
+    # Of its lifetime, which `take.cursors` may have begun before this run.
+    left = fact.cap_tokens - last.used_before.get(name, 0) - last.counts.get(name, 0) * last.seq_length
     return {
         "source": name,
         "group": fact.group,
@@ -96,7 +98,7 @@ def _source_row(run: ResolvedRun, name: str) -> dict[str, Any]:
         "max_epochs": float(fact.max_epochs),
         "dry": fact.dry,
         # What the cap leaves and no whole sample fits into is never trained on: said, not lost in silence.
-        "unused": left if 0 < left < run.schedule.stages[-1].seq_length else 0,
+        "unused": left if fact.dry != "repeat" and 0 < left < last.seq_length else 0,
     }
 
 

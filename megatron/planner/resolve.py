@@ -7,14 +7,14 @@ laws and the trainer all start here, so that none of them can see another order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
-from megatron.data.ledger import Ledger
-from megatron.data.past import Today, check_past, check_words, frozen_stages, record_lr
+from megatron.data.ledger import Ledger, SourceRecord, StageRecord
+from megatron.data.past import Today, check_past, check_words, frozen_stages, match_by_content, record_lr
 from megatron.data.samples import SampleStream
 from megatron.data.schedule import Schedule, facts_of, resolve_schedule
 from megatron.data.sources import OpenSource, TokenizerIdentity, open_sources
@@ -37,6 +37,23 @@ class ResolvedRun:
         """The samples from the ledger's position on. It moves the ledger: make one stream of a resolved run."""
         records = tuple(law.to_json() for law in self.lr.laws)
         return SampleStream(self.schedule, self.sources, self.ledger, records, self.taken_cursors)
+
+    def stream_from_start(self) -> SampleStream:
+        """The samples from the run's first on, as they were trained on, with a ledger of its own: for looking."""
+        taken = dict(self.taken_cursors)
+        for number, record in enumerate(self.ledger.stages):
+            if "cursors" in record.taken:
+                taken[number] = replace(self.ledger, sources=self._at_start_of(record))
+        ledger = replace(self.ledger, stages=[], sources={}, order=[0, 0], events=[])
+        return SampleStream(self.schedule, self.sources, ledger, taken_cursors=taken)
+
+    def _at_start_of(self, record: StageRecord) -> dict[str, SourceRecord]:
+        return {
+            name: SourceRecord(
+                **self.sources[name].identity(), lifetime_tokens=record.used.get(name, 0), cursor=dict(use.start)
+            )
+            for name, use in record.use.items()
+        }
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -70,10 +87,8 @@ def resolve_run(
         cache_dir=cache_folder(config),
         tokenizer=tokenizer,
     )
-    # What a begun stage took is in the ledger: the checkpoint that it came from need not exist any more.
-    yet_to_begin = config.stages[len(ledger.stages) if ledger is not None else 0 :]
-    asked = {section.take.cursors for section in yet_to_begin} - {"continue"}
-    taken = {path: read_ledger(Path(path)) for path in sorted(asked)}
+    identities = {name: source.identity() for name, source in sources.items()}
+    taken = _taken_cursors(config, identities, begun=len(ledger.stages) if ledger is not None else 0)
     schedule = resolve_schedule(
         config.stages,
         facts_of(config.sources, {name: source.epoch_tokens for name, source in sources.items()}),
@@ -81,26 +96,37 @@ def resolve_run(
         global_batch_size=config.train.global_batch_size,
         run_tokens=config.train.tokens,
         begun=frozen_stages(ledger) if ledger is not None else (),
-        taken=lambda path: {name: row.lifetime_tokens for name, row in taken[path].sources.items()},
+        taken={n: {name: row.lifetime_tokens for name, row in other.sources.items()} for n, other in taken.items()},
     )
     check_batches(schedule, config.train.micro_batch_size)
     lr = resolve_lr(config.stages, schedule)
-    by_stage = {i: taken[s.take.cursors] for i, s in enumerate(config.stages) if s.take.cursors in taken}
     identity = tokenizer.fingerprint if tokenizer is not None else ""
     validation = f"fraction {config.validation.fraction.normalize()}"
     if ledger is None:
         fresh = Ledger(seed=config.run.seed, tokenizer=identity, validation=validation)
-        return ResolvedRun(sources, schedule, lr, fresh, by_stage)
+        return ResolvedRun(sources, schedule, lr, fresh, taken)
     today = Today(
         seed=config.run.seed,
         tokenizer=identity or ledger.tokenizer,
         validation=validation,
-        identities={name: source.identity() for name, source in sources.items()},
+        identities=identities,
         lr=[law.to_json() for law in lr.laws],
     )
     check_past(ledger, schedule, today)
     events = record_lr(ledger, today, allow_lr_change)
-    return ResolvedRun(sources, schedule, lr, ledger, by_stage, tuple(events))
+    return ResolvedRun(sources, schedule, lr, ledger, taken, tuple(events))
+
+
+def _taken_cursors(config: RunConfig, identities: Mapping[str, Mapping[str, Any]], begun: int) -> dict[int, Ledger]:
+    """By number of the stage, what stages yet to begin take their cursors from. What a begun one took is in its own
+    ledger: the checkpoint that it came from need not exist any more."""
+    return {
+        number: match_by_content(
+            read_ledger(Path(section.take.cursors)), config.run.seed, identities, f"stage {section.name!r}"
+        )
+        for number, section in enumerate(config.stages)
+        if section.take.cursors != "continue" and number >= begun
+    }
 
 
 def check_batches(schedule: Schedule, micro_batch_size: int) -> None:

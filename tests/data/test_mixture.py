@@ -177,6 +177,33 @@ def test_M1_wide_weights_do_not_overflow() -> None:
     assert fast.take(50).tolist() == plain.take(50).tolist()
 
 
+@needs_native
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 10**6), min_size=10, max_size=10).filter(lambda raw: any(raw[:5]) and any(raw[5:])),
+    st.data(),
+)
+def test_M3_native_equals_its_definition_far_into_a_long_ramp(raw: list[int], data: st.DataObject) -> None:
+    length = data.draw(st.sampled_from([10**5 + 3, 10**6, 10**13]))
+    ends = [round_shares({f"s{i}": Fraction(raw[k + i]) for i in range(5)}) for k in (0, 5)]
+    function = WeightFunction.make([Segment(0, ends[0], length, ends[1])])
+    groups = {name: data.draw(st.sampled_from("xyz")) for name in function.sources}
+    fast = open_mixture(function, groups, horizon=length)
+    assert type(fast) is not PlainMixture
+    fast.seek(data.draw(st.integers(0, min(length, 10**6))))
+    plain = PlainMixture(function, groups, list(fast.counts))
+    assert fast.take(60).tolist() == plain.take(60).tolist()
+
+
+def test_M1_long_constant_segments_count_towards_the_width() -> None:
+    # a group's lag is taken over 2 · denominator · the segment's length, ramp or not
+    total = 3 * 10**13
+    half, rest = {"a": total // 2 - 1, "b": total // 2 + 1}, {"a": total // 3, "b": total - total // 3}
+    function = WeightFunction.make([Segment(0, half), Segment(total, rest)])
+    stream = open_mixture(function, {"a": "a", "b": "b"}, horizon=2 * total)
+    assert isinstance(stream, PlainMixture)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0, 10**9), min_size=1, max_size=12),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -13,42 +12,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_runs import run_config, write_corpus
+from mixed_runs import NAMES, SIZES, TWO, begun, config_of, edited, samples_of, sources_of, write_corpora
 
+from megatron.commands.inspect_data import samples_between
 from megatron.config.errors import ChangedPastError, ConfigError
-from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger
 from megatron.data.samples import Sample, assemble
-from megatron.planner.resolve import ResolvedRun, resolve_run
-
-NAMES = ("a", "b", "c", "d")
-GROUPS = {"a": "code", "b": "code", "c": "text", "d": "text"}
-SIZES = {"a": 40, "b": 9, "c": 60, "d": 25}
+from megatron.planner.resolve import resolve_run
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpora")
-    for seed, (name, documents) in enumerate(SIZES.items()):
-        write_corpus(folder / name, documents, seed)
-    return folder
-
-
-def sources_of(corpora: Path, **over: Any) -> dict[str, dict[str, Any]]:
-    base = {"dry": "repeat"}
-    return {n: {"group": GROUPS[n], "data": [str(corpora / n)]} | base | over.get(n, {}) for n in NAMES}
-
-
-def config_of(corpora: Path, stages: list[dict[str, Any]], **over: Any) -> RunConfig:
-    cache = {"data": {"cache": str(corpora / "cache")}}
-    return run_config(corpora, over.pop("sources", None) or sources_of(corpora), stages, **(cache | over))
-
-
-def samples_of(run: ResolvedRun, limit: int | None = None) -> list[Sample]:
-    stream = run.stream()
-    result: list[Sample] = []
-    while not stream.finished and (limit is None or len(result) < limit):
-        result += stream.next_batch()
-    return result
+    return write_corpora(tmp_path_factory.mktemp("corpora"))
 
 
 def inputs_of(sample: Sample) -> Iterator[tuple[str, int, int, int]]:
@@ -189,8 +164,6 @@ def test_M3_unused_sources_and_table_order_change_nothing(
 
 
 def test_M3_seeking_finds_the_samples_that_stepping_gives(corpora: Path) -> None:
-    from megatron.commands.inspect_data import samples_between
-
     stages = [
         {"name": "one", "samples": 100, "mixture": {"code": 1, "text": 2}},
         {"name": "two", "samples": 60, "mixture": {"a": 1}, "ramp_to": {"c": 1}, "seq_length": 24},
@@ -214,22 +187,6 @@ def test_M4_sources_join_late_leave_and_come_back_where_they_were(corpora: Path)
     ]
     keys = [key for sample in order for key in inputs_of(sample)]
     assert len(set(keys)) == len(keys)
-
-
-def begun(corpora: Path, stages: list[dict[str, Any]], samples: int, **over: Any) -> Ledger:
-    run = resolve_run(config_of(corpora, [dict(stage) for stage in stages], **over))
-    samples_of(run, samples)
-    return Ledger.from_json(json.loads(json.dumps(run.ledger.to_json())))
-
-
-TWO = [
-    {"name": "one", "samples": 40, "mixture": {"code": 0.5, "text": 0.5}},
-    {"name": "two", "samples": 40, "mixture": {"code": 0.1, "text": 0.9}},
-]
-
-
-def edited(*changes: dict[str, Any]) -> list[dict[str, Any]]:
-    return [stage | change for stage, change in itertools.zip_longest(TWO, changes, fillvalue={})]
 
 
 @pytest.mark.parametrize(

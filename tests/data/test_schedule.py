@@ -59,6 +59,14 @@ def test_as_long_as_it_takes_to_see_a_source_twice() -> None:
     assert schedule.stages[0].counts == {"rust": 20_000, "web": 60_000}
 
 
+def test_M1_a_long_stage_counted_in_epochs_meets_them_to_the_sample() -> None:
+    facts = {name: SourceFacts(name, 3 * 10**12, Decimal(4), "error") for name in "abc"}
+    length = {"epochs": {"source": "b", "count": 1}, "mixture": {"a": 1, "b": 1, "c": 1}}
+    section = StageSection.model_validate({"name": "s0"} | length)
+    stage = resolve_schedule([section], facts, seq_length=1000, global_batch_size=10).stages[0]
+    assert stage.counts == {"a": 3 * 10**9, "b": 3 * 10**9, "c": 3 * 10**9}
+
+
 def test_lengths_round_to_the_nearest_whole_batch_and_at_least_one() -> None:
     mixture = {"mixture": {"web": 1}}
     lengths = [1, 1499, 1500, 2500]
@@ -91,6 +99,13 @@ def test_locate_finds_the_stage_of_every_sample() -> None:
         ("s1", 29),
         ("s1", 30),
     ]
+
+
+def test_B1_a_name_of_a_source_and_of_a_group_of_others_is_refused() -> None:
+    facts = FACTS | {"code": SourceFacts("code", 500_000, Decimal(4), "error")}
+    section = StageSection.model_validate({"name": "s0", "steps": 1, "mixture": {"code": 1}})
+    with pytest.raises(ConfigError, match="'code', which is a source and also the group of code, python, rust"):
+        resolve_schedule([section], facts, seq_length=100, global_batch_size=10)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,13 @@ def test_exponential_halves_evenly() -> None:
     assert rates(schedule, 1, 10) == pytest.approx([2.0**-k for k in range(1, 11)])
 
 
+def test_M5_a_constant_law_is_the_same_in_a_longer_stage() -> None:
+    lr = {"lr": {"warmup": "2 steps", "peak": 1.0}}
+    assert lr_of(lr).laws == lr_of(lr | {"steps": 30}).laws
+    decays = {"lr": {"peak": 1.0, "shape": "cosine", "final": 0.0}}
+    assert lr_of(decays).laws != lr_of(decays | {"steps": 30}).laws
+
+
 @pytest.mark.parametrize(
     ("lr", "words"),
     [
