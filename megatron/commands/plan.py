@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     parser.add_argument(
+        "--allow-lr-change", action="store_true", help="with --ledger: permit another learning rate in a begun stage"
+    )
+    parser.add_argument(
         "--ledger",
         type=Path,
         metavar="RUN",
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     config = load_from(args)
     ledger = read_ledger(args.ledger) if args.ledger else None
-    plan = plan_of(resolve_run(config, ledger=ledger))
+    plan = plan_of(resolve_run(config, ledger=ledger, allow_lr_change=args.allow_lr_change))
     if args.json:
         print(json.dumps(plan, indent=2))
         return 0

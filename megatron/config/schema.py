@@ -176,6 +176,12 @@ class StageSection(Section):
     mixture: Mixture | None = Field(None, description="weights of groups or sources; normalised, and said so")
     mixture_tokens: dict[str, Count] | None = Field(None, description="absolute tokens instead of weights")
     mixture_epochs: dict[str, Weight] | None = Field(None, description="epochs of each source instead of weights")
+    adjust: Mixture | None = Field(
+        None, description="the mixture before it with these shares set, the others in proportion, instead of mixture"
+    )
+    within: dict[str, Mixture] = Field(
+        default_factory=dict, description="by group: weights of its sources among themselves, instead of by size"
+    )
     phases: list[PhaseSection] | None = Field(None, description="a stepwise mixture instead of mixture")
     ramp_to: Mixture | None = Field(None, description="mixture at the stage's end, linear from mixture")
     strict: bool = Field(False, description="refuse weights that do not sum to 1")

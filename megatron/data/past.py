@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -32,9 +32,14 @@ def frozen_stages(ledger: Ledger) -> list[FrozenStage]:
     ]
 
 
-def check_words(ledger: Ledger, sections: Sequence[StageSection]) -> None:
-    """What can be seen before resolution: begun stages that are gone, renamed, or name sources they did not know."""
-    differences = []
+def check_words(ledger: Ledger, sections: Sequence[StageSection], sources: Collection[str]) -> None:
+    """What can be seen before resolution: begun stages that are gone, renamed, or name sources they did not know, and
+    sources that were trained on and are gone from the config."""
+    differences = [
+        f"source {name!r} was trained on and is gone from the config"
+        for name, source in ledger.sources.items()
+        if source.lifetime_tokens and name not in sources
+    ]
     for index, record in enumerate(ledger.stages):
         if index >= len(sections):
             differences.append(f"stage {record.name!r} has begun and is gone from the config")
@@ -45,7 +50,7 @@ def check_words(ledger: Ledger, sections: Sequence[StageSection]) -> None:
         if (section.take.cursors == "continue") != ("cursors" not in record.taken):
             differences.append(f"stage {record.name!r}: take.cursors has changed, and the stage has begun")
         groups = {source.group for name, source in ledger.sources.items() if name in record.sizes}
-        tables = [section.mixture, section.mixture_tokens, section.mixture_epochs, section.ramp_to]
+        tables = [section.mixture, section.mixture_tokens, section.mixture_epochs, section.adjust, section.ramp_to]
         tables += [phase.mixture for phase in section.phases or []]
         for name in sorted({name for table in tables if table for name, weight in table.items() if weight}):
             if name not in record.sizes and name not in groups:
@@ -138,8 +143,6 @@ def _changed_sources(ledger: Ledger, identities: Mapping[str, Mapping[str, Any]]
     differences = []
     weighted = {name for stage in ledger.stages for name in stage.use}
     for name, record in ledger.sources.items():
-        if record.lifetime_tokens and name not in identities:
-            differences.append(f"source {name!r} was trained on and is gone from the config")
         for key, now in identities.get(name, {}).items():
             then = getattr(record, key)
             # Groups decide ties from a stage's first sample on; content matters from the source's first sample on.

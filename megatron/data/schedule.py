@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from megatron.config.schema import SourceSection, StageSection
 from megatron.data.mixture import open_mixture
@@ -55,6 +56,10 @@ class TrainingStage:
     def end_step(self) -> int:
         """Number of steps done at the stage's end."""
         return self.start_step + self.steps
+
+    def last_weights(self) -> dict[str, Fraction]:
+        """The weight of each source as the stage ends."""
+        return {name: self.weights.weight(name, self.samples) for name in self.weights.sources}
 
     def groups(self) -> dict[str, str]:
         """The group of every source."""
@@ -133,7 +138,7 @@ def resolve_schedule(
         elif taken is not None:
             used |= taken.get(index, {})
         shape = section.seq_length or seq_length, section.global_batch_size or global_batch_size
-        resolver = StageResolver(section, facts, *shape, used, frozen)
+        resolver = StageResolver(section, facts, *shape, used, stages[-1].last_weights() if stages else None, frozen)
         samples, weights = resolver.resolve(run_tokens)
         counts = _counts_at(weights, resolver.groups, samples)
         resolver.check_caps(counts)

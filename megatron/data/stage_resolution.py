@@ -12,8 +12,9 @@ from megatron.config.errors import ConfigError
 from megatron.config.quantities import format_count
 from megatron.config.schema import Mixture, StageSection
 from megatron.data.dry_sources import solve_events
+from megatron.data.mixture_words import MixtureWords
 from megatron.data.weight_function import Segment, WeightFunction
-from megatron.data.weights import DENOMINATOR, flatten, round_shares
+from megatron.data.weights import DENOMINATOR, round_shares
 
 Phases = Sequence[tuple[Fraction, Mapping[str, Fraction]]]
 
@@ -61,6 +62,7 @@ class StageResolver:
         seq_length: int,
         batch: int,
         used: Mapping[str, int],
+        before: Mapping[str, Fraction] | None = None,
         frozen: FrozenStage | None = None,
     ) -> None:
         self.section = section
@@ -69,9 +71,11 @@ class StageResolver:
         self.seq_length = seq_length
         self.batch = batch
         self.used = used
+        self.before = before or {name: Fraction(size) for name, size in self.sizes.items()}
         self.frozen = frozen
         self.where = f"stage {section.name!r}"
         self.groups = {name: fact.group for name, fact in facts.items()}
+        self.words = MixtureWords(self.groups, self.sizes, section.within, self.where)
         self.notes = [
             f"max_epochs and dry of {name} stay {self.facts[name].max_epochs} and {self.facts[name].dry} in this "
             "stage, which has begun"
@@ -96,27 +100,29 @@ class StageResolver:
         section = self.section
         given = [
             name
-            for name in ("mixture", "mixture_tokens", "mixture_epochs", "phases")
+            for name in ("mixture", "mixture_tokens", "mixture_epochs", "adjust", "phases")
             if getattr(section, name) is not None
         ]
         if len(given) != 1:
             said = " and ".join(given) if given else "none of them"
             raise ConfigError(
-                f"{self.where}: says {said}: give one of mixture, mixture_tokens, mixture_epochs or phases"
+                f"{self.where}: says {said}: give one of mixture, mixture_tokens, mixture_epochs, adjust or phases"
             )
         if section.ramp_to is not None and section.mixture is None:
             raise ConfigError(f"{self.where}: ramp_to goes with mixture, which is missing")
         if section.phases is not None:
             return self._stepwise()
         if section.mixture_epochs is not None:
-            tokens = {name: Fraction(count) * self._size(name) for name, count in section.mixture_epochs.items()}
-            return [(Fraction(1), self._flat(tokens))]
+            tokens = {name: Fraction(count) * self.words.size(name) for name, count in section.mixture_epochs.items()}
+            return [(Fraction(1), self.words.flat(tokens))]
+        if section.adjust is not None:
+            shares = {name: Fraction(share) for name, share in section.adjust.items()}
+            return [(Fraction(1), self.words.adjusted(shares, self.before))]
         written = section.mixture if section.mixture is not None else section.mixture_tokens
         assert written is not None
-        weights = {name: Fraction(weight) for name, weight in written.items()}
         if section.mixture is not None:
             self._check_sum(section.mixture)
-        return [(Fraction(1), self._flat(weights))]
+        return [(Fraction(1), self._flat(written))]
 
     def _stepwise(self) -> Phases:
         phases = self.section.phases or []
@@ -129,19 +135,11 @@ class StageResolver:
         for phase in phases:
             share = Fraction(phase.share) if phase.share is not None else Fraction(1, len(phases))
             self._check_sum(phase.mixture)
-            result.append((share, self._flat({n: Fraction(w) for n, w in phase.mixture.items()})))
+            result.append((share, self._flat(phase.mixture)))
         return result
 
-    def _flat(self, weights: Mapping[str, Fraction]) -> dict[str, Fraction]:
-        return flatten(weights, self.groups, self.sizes, self.where)
-
-    def _size(self, name: str) -> int:
-        if name in self.sizes:
-            return self.sizes[name]
-        members = [source for source, group in self.groups.items() if group == name]
-        if not members:
-            raise ConfigError(f"{self.where}: {name!r} is neither a source nor a group")
-        return sum(self.sizes[member] for member in members)
+    def _flat(self, weights: Mapping[str, Decimal | int]) -> dict[str, Fraction]:
+        return self.words.flat({name: Fraction(weight) for name, weight in weights.items()})
 
     def _check_sum(self, mixture: Mixture) -> None:
         total = sum(mixture.values())
@@ -201,7 +199,7 @@ class StageResolver:
             Fraction(0),
         )
         if self.section.ramp_to is not None:
-            end = self._flat({n: Fraction(w) for n, w in self.section.ramp_to.items()})
+            end = self._flat(self.section.ramp_to)
             part = (part + end.get(asked.source, Fraction(0)) / sum(end.values())) / 2
         if part == 0:
             raise ConfigError(f"{self.where}: epochs counts {asked.source!r}, whose weight in the stage is zero")
@@ -217,7 +215,7 @@ class StageResolver:
             rounded = [round_shares(weights, denominator) for _, weights in phases]
             if self.section.ramp_to is not None:
                 self._check_sum(self.section.ramp_to)
-                end = self._flat({n: Fraction(w) for n, w in self.section.ramp_to.items()})
+                end = self._flat(self.section.ramp_to)
                 return WeightFunction.make([Segment(0, rounded[0], samples, round_shares(end, denominator))])
         except ValueError as error:
             raise ConfigError(f"{self.where}: {error}") from None

@@ -78,7 +78,7 @@ def resolve_run(
     Raises ConfigError, DataError, and ChangedPastError where the config contradicts the ledger.
     """
     if ledger is not None:
-        check_words(ledger, config.stages)
+        check_words(ledger, config.stages, config.sources)
     sources = open_sources(
         config.sources,
         seed=config.run.seed,

@@ -150,3 +150,11 @@ def test_validation_documents_are_in_no_sample(corpora: Path) -> None:
     held = {n: set(run.sources[n].opened().held_out_documents().tolist()) for n in NAMES}
     assert all(held.values())
     assert all(piece.document not in held[s.source] for s in samples_of(run) for piece in s.pieces)
+
+
+def test_M5_a_source_that_was_trained_on_must_stay(corpora: Path) -> None:
+    ledger = begun(corpora, TWO, 56)
+    sources = {name: table for name, table in sources_of(corpora).items() if name != "b"}
+    config = config_of(corpora, [dict(stage) for stage in TWO], sources=sources)
+    with pytest.raises(ChangedPastError, match="source 'b' was trained on and is gone"):
+        resolve_run(config, ledger=ledger)

@@ -36,6 +36,28 @@ def test_groups_are_flattened_by_size() -> None:
     assert shares(schedule) == {"python": Fraction(3, 10), "rust": Fraction(1, 10), "web": Fraction(3, 5)}
 
 
+def test_shares_within_a_group_may_be_said() -> None:
+    mixture = {
+        "mixture": {"code": Decimal("0.4"), "text": Decimal("0.6")},
+        "within": {"code": {"python": 1, "rust": 3}},
+    }
+    schedule = resolve({"steps": 5} | mixture)
+    assert shares(schedule) == {"python": Fraction(1, 10), "rust": Fraction(3, 10), "web": Fraction(3, 5)}
+
+
+def test_one_share_is_set_and_the_others_stay_in_proportion() -> None:
+    before = {"steps": 5, "mixture": {"python": Decimal("0.2"), "rust": Decimal("0.2"), "web": Decimal("0.6")}}
+    stages = [before]
+    stages.append({"steps": 5, "adjust": {"python": Decimal("0.5")}})
+    stages.append({"steps": 5, "adjust": {"rust": 0}})
+    stages.append({"steps": 5, "adjust": {"code": Decimal("0.2")}})
+    schedule = resolve(*stages)
+    assert shares(schedule, 1) == {"python": Fraction(1, 2), "rust": Fraction(1, 8), "web": Fraction(3, 8)}
+    assert shares(schedule, 2) == {"python": Fraction(571429, 10**6), "web": Fraction(428571, 10**6)}
+    assert shares(schedule, 3) == {"python": Fraction(1, 5), "web": Fraction(4, 5)}
+    assert shares(resolve({"steps": 5, "adjust": {"web": Decimal("0.5")}}))["python"] == Fraction(3, 8)
+
+
 def test_weights_are_normalised_and_said_so() -> None:
     schedule = resolve({"steps": 5, "mixture": {"python": Decimal("1.00565"), "web": 1}})
     assert any("sum to 2.00565: normalised" in note for note in schedule.stages[0].notes)
@@ -126,6 +148,10 @@ def test_B1_a_name_of_a_source_and_of_a_group_of_others_is_refused() -> None:
         ({"steps": 1, "phases": [{"share": Decimal("0.5"), "mixture": {"web": 1}}]}, "sum to 0.5"),
         ({"steps": 1, "mixture_tokens": {"web": 1}, "ramp_to": {"web": 1}}, "ramp_to goes with mixture"),
         ({"tokens": "90M", "mixture": {"web": 1}}, "runs dry"),
+        ({"steps": 1, "adjust": {"web": 2}}, "above 1"),
+        ({"steps": 1, "adjust": {"web": Decimal("0.5"), "code": Decimal("0.1")}}, "take the rest"),
+        ({"steps": 1, "mixture": {"code": 1}, "within": {"code": {"web": 1}}}, "within.code names 'web'"),
+        ({"steps": 1, "mixture": {"code": 1}, "within": {"code": {"rust": 0}}}, "every source the weight 0"),
     ],
 )
 def test_B1_a_stage_said_wrong_is_refused_in_the_users_words(stage: dict[str, Any], words: str) -> None:
