@@ -14,7 +14,7 @@ COMMANDS = {
     "train_tokenizer": "train a SentencePiece BPE tokenizer with byte fallback on raw corpora",
     "preprocess_data": "turn raw corpora into indexed token files (.bin, .idx, .json)",
     "plan": "print what a config would train on, stage by stage, without torch or data",
-    "inspect_data": "list the very samples that a run consumes, one JSON object a sample",
+    "inspect_data": "list the very samples that a run consumes: source, epoch, documents, text",
     "train": "train, or resume, the run of a config",
     "ledger": "show what a checkpoint has been trained on, or compare two",
     "export_hf": "turn a checkpoint into a Hugging Face folder and prove that it equals our model",

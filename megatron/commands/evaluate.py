@@ -13,12 +13,14 @@ from typing import Any
 
 from megatron.config.errors import EXIT_DONE, ConfigError
 from megatron.config.load import load_config
+from megatron.config.schema import RunConfig
 from megatron.evaluation.harness import HarnessSettings, harness_version, require_harness, run_tasks
 from megatron.evaluation.held_out_text import held_out_texts
 from megatron.evaluation.precision import choose_dtype
 from megatron.evaluation.task_files import HeldOutTask, write_held_out_tasks
 from megatron.hf.checkpoint_source import is_checkpoint, open_source
 from megatron.hf.export import export_checkpoint
+from megatron.planner.ledger_files import read_ledger
 from megatron.tokenizers.load import load_tokenizer
 
 EXAMPLE = """examples:
@@ -138,12 +140,24 @@ def _tasks(args: argparse.Namespace) -> tuple[list[str], list[HeldOutTask], Path
     if args.tasks:
         return [name.strip() for name in args.tasks.split(",") if name.strip()], [], args.include_path
     config = load_config(args.config, args.overrides)
+    _check_held_out(config, [path for _, path in map(_named, args.models)])
     texts = held_out_texts(config, load_tokenizer(config.tokenizer.path))
     folder = args.output.parent / f"{args.output.stem}-tasks"
     held_out = write_held_out_tasks(folder, texts, args.questions, args.passages, args.seed)
     for task in held_out:
         print(f"{task.name}: {task.items} {'questions' if task.chance else 'passages'}", flush=True)
     return [task.name for task in held_out], held_out, folder
+
+
+def _check_held_out(config: RunConfig, models: Sequence[Path]) -> None:
+    """Refuses held-out documents that a checkpoint among the models has been trained on: another split's."""
+    now = f"fraction {config.validation.fraction.normalize()}"
+    for path in filter(is_checkpoint, models):
+        if (then := read_ledger(path).validation) != now:
+            raise ConfigError(
+                f"--model {path}: it was trained with validation {then}, and --config says {now}: documents that it "
+                f"was trained on would count as held out. Set validation.fraction to what it was"
+            )
 
 
 def _evaluate(

@@ -24,6 +24,9 @@ _REMEDIES = {
     errno.EDQUOT: "free some of your quota, or write to another disk",
     errno.EROFS: "write to a folder that is not on a read-only file system",
     errno.EIO: "the disk reports a hardware error: check it, or use another",
+    errno.ENOTDIR: "the path leads through a file: name another",
+    errno.EEXIST: "a file lies where a folder is needed: name another path",
+    errno.EISDIR: "a folder lies where a file is needed: name another path",
     errno.EACCES: "check the permissions of the file and of its folder",
     errno.EPERM: "check the permissions of the file and of its folder",
 }

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             args.input,
             args.output_prefix,
             args.tokenizer,
-            workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+            workers=_cores() if args.workers is None else args.workers,
             options=options,
             overwrite=args.overwrite,
             progress=show,
@@ -78,6 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         bar.update(bar.total - bar.n)
     _print_summary(args.output_prefix, manifest, time.perf_counter() - began)
     return 0
+
+
+def _cores() -> int:
+    """Cores that this process may use; not every system has affinities."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _print_summary(prefix: Path, manifest: dict[str, Any], seconds: float) -> None:

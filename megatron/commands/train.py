@@ -17,9 +17,9 @@ exit codes: 0 done · 2 config · 3 data · 4 checkpoint · 5 the config changes
 8 losses are not finite · 74 disk · 75 stopped by a signal, start again to go on
 
 examples:
-  stagemix train examples/quick.toml
-  stagemix train examples/quick.toml --set run.output=runs/second --set train.micro_batch_size=2
-  stagemix train examples/quick.toml --resume-from runs/quick/checkpoints/step-000000100
+  stagemix train run.toml
+  stagemix train run.toml --set run.output=runs/second --set train.micro_batch_size=2
+  stagemix train run.toml --resume-from runs/mine/checkpoints/step-000000100
 """
 
 

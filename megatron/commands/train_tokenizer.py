@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when the tokenizer is written."""
     args = build_parser().parse_args(argv)
     vocab_size, sample_bytes = _count("--vocab-size", args.vocab_size), _count("--sample-bytes", args.sample_bytes)
+    if not 1 <= args.threads <= 1024:
+        raise ConfigError(f"--threads {args.threads}: give 1 to 1024")
     if args.output.exists() and not args.overwrite:
         raise ConfigError(f"{args.output}: exists already: give another --output, or --overwrite to replace it")
     options = ReadOptions(text_field=args.text_field, suffixes=tuple(args.suffix))

@@ -79,6 +79,7 @@ def _refuse_what_is_not_there(section: ParallelSection) -> None:
         "sequence": False,
         "pipeline": 1,
         "context": 1,
+        "schedule": "1f1b",
         "data_shard": "none",
         "recompute": "none",
     }

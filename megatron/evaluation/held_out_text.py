@@ -39,7 +39,8 @@ def held_out_tokens(
     }
     if not any(found.values()):
         raise DataError(
-            f"no source of the config has held-out documents: raise validation.fraction ({config.validation.fraction})"
+            f"no source of the config has held-out documents: raise validation.fraction "
+            f"({config.validation.fraction}) before training"
         )
     return {name: rows for name, rows in found.items() if rows}
 

@@ -55,7 +55,8 @@ def make_questions(source: str, texts: Sequence[str], count: int, seed: int = 0)
     if len(usable) < CHOICES:
         raise DataError(
             f"source {source}: {len(usable)} held-out documents of at least {shortest} characters, and questions need "
-            f"{CHOICES}: raise validation.fraction, or give the source more documents"
+            f"{CHOICES}: give the source more documents, or raise validation.fraction before training (never after: "
+            "what is held out then has been trained on)"
         )
     questions: list[Question] = []
     seen: set[str] = set()
@@ -68,7 +69,7 @@ def make_questions(source: str, texts: Sequence[str], count: int, seed: int = 0)
     if 3 * len(questions) < count:
         raise DataError(
             f"source {source}: only {len(questions)} of {count} questions could be made from {len(usable)} held-out "
-            "documents: raise validation.fraction, or ask for fewer questions"
+            "documents: ask for fewer questions, or raise validation.fraction before training"
         )
     return questions
 

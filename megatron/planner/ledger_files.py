@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from megatron.checkpoint.manifest import read_manifest, sha256_of
+from megatron.checkpoint.manifest import NAME, read_manifest, sha256_of
 from megatron.config.errors import CheckpointError
 from megatron.data.ledger import Ledger
 
@@ -42,6 +42,8 @@ def read_ledger(path: Path) -> Ledger:
 def _read(folder: Path) -> Ledger:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; name a checkpoint folder or a run folder")
+    if not _STEP.fullmatch(folder.name) and not (folder / NAME).exists():
+        raise CheckpointError(f"{folder}: holds no checkpoint yet, nor is it one (no {NAME})")
     expected = read_manifest(folder)["files"].get(_STATE, {}).get("sha256")
     found = sha256_of(folder / _STATE)
     if found != expected:

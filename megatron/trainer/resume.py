@@ -39,7 +39,13 @@ def find_checkpoint(start: Start, folder: RunFolder, manager: CheckpointManager,
             f"--resume-from {start.resume_from}: is not of this run, and {folder.path} already holds checkpoints of "
             "its own: set run.output to another folder"
         )
-    return open_checkpoint(start.resume_from)
+    try:
+        return open_checkpoint(start.resume_from)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. --resume-from needs a whole checkpoint: name another, or leave it out to go on from the newest "
+            "whole one"
+        ) from None
 
 
 def check_shape(found: CheckpointRef, shape: ModelShape) -> None:

@@ -16,6 +16,12 @@ from megatron.trainer.run_folder import RunFolder
 from megatron.trainer.signals import StopSignals
 from megatron.trainer.state import TrainerState
 
+# the ones that commands/frame.py gives exit code 74
+_IO = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+)
+
 
 def run_training(config: RunConfig, start: Start, allow_lr_change: bool = False) -> int:
     """Trains the run of `config`, or goes on with it, and gives the exit code: 0 done, 75 stopped by a signal.
@@ -80,7 +86,7 @@ def _record_error(error: BaseException, record: Callable[[int, str], None], say:
     code = EXIT_BUG
     if isinstance(error, StagemixError):
         code = error.exit_code
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    elif isinstance(error, OSError) and error.errno in _IO:
         code = EXIT_IO
     try:
         record(code, f"{type(error).__name__}: {error}")

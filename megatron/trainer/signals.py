@@ -16,7 +16,7 @@ SAME_REQUEST_SECONDS = 1.0
 
 class StopSignals:
     """While entered, turns signals into a request. `at_once(signal number)` is called at the second, then the process
-    ends with 128 + that number.
+    ends with 128 + that number. Left after a request, it leaves the signals ignored; without one, as they were.
 
     A thread of its own reads the signals, so that the second one ends the process even while the main thread is deep
     in a long kernel or in a write that hangs.
@@ -52,7 +52,8 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # After a stop all is saved and the process is ending: a late echo must not turn its exit code into 143.
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._write)
         self._thread.join()

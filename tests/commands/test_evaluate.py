@@ -42,6 +42,15 @@ def test_heldout_suite_of_two_models(run: Path, tmp_path: Path, capsys: pytest.C
     assert json.loads((tmp_path / "b.json").read_text())["models"][0]["results"]["heldout_code"] == one["heldout_code"]
 
 
+def test_B1_documents_that_were_trained_on_are_not_held_out(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run / "checkpoints" / "step-000000008" / "config.toml"
+    options = ["--suite", "heldout", "--config", str(config), "--set", "validation.fraction=0.5"]
+    assert run_command(main, ["--model", str(run), *options, "--output", str(tmp_path / "e.json")]) == 2
+    assert "trained with validation fraction 0.33" in capsys.readouterr().err
+
+
 def test_B1_wrong_options_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(tmp_path), "--output", str(tmp_path / "e.json")]
     for options, words in (

@@ -51,7 +51,10 @@ def test_every_error_class_is_documented(repository: Path) -> None:
     assert {int(line.split("|")[1]) for line in page.splitlines() if line[2:3].isdigit()} == codes
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EACCES])
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EISDIR],
+)
 def test_B1_a_disk_that_cannot_be_written_gives_74(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(OSError(number, "reason", "runs/a/metrics.jsonl")) == 74
     message = capsys.readouterr().err

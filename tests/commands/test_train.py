@@ -159,6 +159,7 @@ def test_C1_a_damaged_checkpoint_asked_for_by_name_is_refused(half: Path) -> Non
     before = (half.parent / "run" / "metrics.jsonl").read_bytes()
     done = train(half, "--resume-from", str(folder))
     assert done.returncode == 4 and "rng.safetensors: expected" in done.stderr
+    assert "name another, or leave it out" in done.stderr
     assert exit_record(half.parent / "run")["code"] == 4
     assert (half.parent / "run" / "metrics.jsonl").read_bytes() == before
 

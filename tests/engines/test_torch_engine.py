@@ -232,6 +232,7 @@ def test_a_parameter_without_a_gradient_is_named(monkeypatch: pytest.MonkeyPatch
         ("sequence", True),
         ("pipeline", 2),
         ("context", 2),
+        ("schedule", "zbv"),
         ("data_shard", "full"),
         ("recompute", "full"),
     ],

@@ -26,6 +26,8 @@ with StopSignals(at_once) as stop:
     if sys.argv[1] == "wait":
         time.sleep(0.5)
 print("left", flush=True)
+if sys.argv[1] == "linger":
+    time.sleep(0.5)
 """
 
 
@@ -72,6 +74,15 @@ def test_an_echo_by_a_launcher_is_the_same_request() -> None:
     assert line_of(process) == "asked by SIGINT"
     process.send_signal(signal.SIGTERM)
     assert line_of(process) == "left"
+    assert process.wait(30) == 0
+
+
+@pytest.mark.timeout(60)
+def test_an_echo_while_the_process_ends_changes_no_exit_code() -> None:
+    process = start("linger")
+    process.send_signal(signal.SIGINT)
+    assert line_of(process) == "asked by SIGINT" and line_of(process) == "left"
+    process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
 
 
