@@ -19,7 +19,7 @@ from megatron.evaluation.held_out_text import held_out_texts
 from megatron.evaluation.precision import choose_dtype
 from megatron.evaluation.task_files import HeldOutTask, write_held_out_tasks
 from megatron.hf.checkpoint_source import is_checkpoint, open_source
-from megatron.hf.export import export_checkpoint
+from megatron.hf.export import TRAINING, export_checkpoint
 from megatron.planner.ledger_files import read_ledger
 from megatron.tokenizers.load import load_tokenizer
 
@@ -150,14 +150,22 @@ def _tasks(args: argparse.Namespace) -> tuple[list[str], list[HeldOutTask], Path
 
 
 def _check_held_out(config: RunConfig, models: Sequence[Path]) -> None:
-    """Refuses held-out documents that a checkpoint among the models has been trained on: another split's."""
+    """Refuses held-out documents that a model of ours has been trained on: another split's."""
     now = f"fraction {config.validation.fraction.normalize()}"
-    for path in filter(is_checkpoint, models):
-        if (then := read_ledger(path).validation) != now:
+    for path in models:
+        if (then := _validation_of(path)) not in (None, now):
             raise ConfigError(
                 f"--model {path}: it was trained with validation {then}, and --config says {now}: documents that it "
                 f"was trained on would count as held out. Set validation.fraction to what it was"
             )
+
+
+def _validation_of(path: Path) -> str | None:
+    """The validation split of a checkpoint or of a folder that we exported; None for models of others."""
+    if is_checkpoint(path):
+        return read_ledger(path).validation
+    record = path / TRAINING
+    return str(json.loads(record.read_text(encoding="utf-8"))["validation"]) if record.is_file() else None
 
 
 def _evaluate(

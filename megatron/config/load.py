@@ -8,6 +8,7 @@ import re
 import tomllib
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -35,17 +36,33 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         tables = tomllib.loads(text, parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        _apply_override(tables, override)
-    return config_from_tables(tables, source=str(path), text=text)
+    said = {_apply_override(tables, override): f"--set {override}" for override in overrides}
+    return config_from_tables(tables, _Places(str(path), text, said))
 
 
-def config_from_tables(tables: dict[str, Any], source: str = "config", text: str = "") -> RunConfig:
-    """A RunConfig from nested tables. `source` and `text` serve the error messages. Raises ConfigError."""
+@dataclass(frozen=True)
+class _Places:
+    """Where the keys of a config were written: a file with its text, and the overrides by the key that they set."""
+
+    source: str = "config"
+    text: str = ""
+    overrides: dict[Location, str] = field(default_factory=dict)
+
+    def of(self, location: Location) -> str:
+        """The override that set a key; else FILE:LINE, or FILE alone where the key is not written there."""
+        for key, override in reversed(self.overrides.items()):
+            if key == location[: len(key)]:
+                return override
+        line = _line_of(location, self.text)
+        return f"{self.source}:{line}" if line else self.source
+
+
+def config_from_tables(tables: dict[str, Any], places: _Places | None = None) -> RunConfig:
+    """A RunConfig from nested tables. `places` serves the error messages. Raises ConfigError."""
     try:
         return RunConfig.model_validate(tables)
     except ValidationError as error:
-        lines = [_describe(item, source, text) for item in error.errors()]
+        lines = [_describe(item, places or _Places(), tables) for item in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -101,22 +118,29 @@ def _toml_value(value: Any) -> str:
     raise TypeError(f"no TOML for {type(value).__name__}")
 
 
-def _apply_override(tables: dict[str, Any], override: str) -> None:
-    """Sets one dotted key. List entries are addressed by number or by their name: stages.cooldown.tokens=5M."""
+def _apply_override(tables: dict[str, Any], override: str) -> Location:
+    """Sets one dotted key and gives its location. List entries are addressed by number or by their name:
+    stages.cooldown.tokens=5M."""
     key, equals, words = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
         raise ConfigError(f"--set {override}: write KEY=VALUE, for example --set train.micro_batch_size=4")
     table: Any = tables
+    location: list[str | int] = []
     for step in path[:-1]:
+        location.append(_position(table, step, override) if isinstance(table, list) else step)
         table = _descend(table, step, override)
     value = _parse_value(words.strip())
     if isinstance(table, list):
-        table[_position(table, path[-1], override)] = value
+        index = _position(table, path[-1], override)
+        location.append(index)
+        table[index] = value
     elif isinstance(table, dict):
+        location.append(path[-1])
         table[path[-1]] = value
     else:
         raise ConfigError(f"--set {override}: {'.'.join(path[:-1])} is a value, it has no keys")
+    return tuple(location)
 
 
 def _descend(table: Any, step: str, override: str) -> Any:
@@ -143,10 +167,10 @@ def _parse_value(words: str) -> Any:
         return words
 
 
-def _describe(error: Any, source: str, text: str) -> str:
+def _describe(error: Any, places: _Places, tables: dict[str, Any]) -> str:
     location: Location = tuple(step for step in error["loc"] if not _is_union_branch(step))
-    place = _place(location, source, text)
-    field = ".".join(str(step) for step in location)
+    place = places.of(location)
+    field = _spoken(location, tables)
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -206,10 +230,19 @@ def _meaning(location: Location) -> str:
     return f" ({field.description})" if field is not None and field.description else ""
 
 
-def _place(location: Location, source: str, text: str) -> str:
-    """FILE:LINE of a location, found by walking the file's tables; FILE alone where the key is not written there."""
-    line = _line_of(location, text)
-    return f"{source}:{line}" if line else source
+def _spoken(location: Location, tables: Any) -> str:
+    """The key as `--set` takes it: entries of a list by their name."""
+    words = []
+    for step in location:
+        inside: Any = None
+        if isinstance(tables, dict):
+            inside = tables.get(step)
+        elif isinstance(tables, list) and isinstance(step, int) and step < len(tables):
+            inside = tables[step]
+        named = isinstance(step, int) and isinstance(inside, dict) and isinstance(inside.get("name"), str)
+        words.append(inside["name"] if named else str(step))
+        tables = inside
+    return ".".join(words)
 
 
 def _line_of(location: Location, text: str) -> int | None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron.config.errors import DataError
+from megatron.config.errors import ConfigError, DataError
 from megatron.data.indexed_format import (
     CHUNK,
     CODE_OF_DTYPE,
@@ -323,10 +323,10 @@ class IndexedDatasetWriter:
 
 
 def refuse_existing(prefix: Path, overwrite: bool) -> None:
-    """Raise DataError where a dataset of this name is there and may not be replaced."""
+    """Raise ConfigError where a dataset of this name is there and may not be replaced."""
     existing = [path for suffix in (".idx", ".bin", ".json") if (path := path_of(prefix, suffix)).exists()]
     if existing and not overwrite:
-        raise DataError(f"{existing[0]}: exists already: give another output prefix, or --overwrite to replace it")
+        raise ConfigError(f"{existing[0]}: exists already: give another output prefix, or --overwrite to replace it")
 
 
 def _sync_and_close(file: IO[Any]) -> None:

@@ -158,6 +158,8 @@ def ratio_stderr(pairs: Sequence[Sequence[float]]) -> float | None:
 
 
 def _quiet() -> None:
+    # The harness records the git commit of the user's working directory, and git complains where there is none.
+    importlib.import_module("lm_eval.evaluator").get_git_commit_hash = lambda: None
     for name in ("lm_eval", "lm-eval", "transformers", "datasets", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

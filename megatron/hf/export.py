@@ -30,6 +30,7 @@ from megatron.hf.transformers_door import load_fast_tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 5 * 10**9
 PROOF = "proof.json"
+TRAINING = "training_ledger.json"
 SAMPLE = (
     "The committee met on a grey Tuesday, and nobody could say why the minutes had been kept in verse.\n\n"
     "def moving_average(values, width):\n    total = sum(values[:width])\n    yield total / width\n"
@@ -81,6 +82,9 @@ def export_checkpoint(
             compared = check_equal(load_fast_tokenizer(aside), source.tokenizer, sample_texts())
             proof = prove_folder(aside, source, dtype=dtype, texts=texts, tolerance=tolerance)
             _write_json(aside / PROOF, proof.to_json() | {"tokenizer_bytes_compared": compared})
+        _write_json(
+            aside / TRAINING, {"run": source.config.run.name, "step": source.ref.step} | source.ref.state["data"]
+        )
         (aside / "README.md").write_text(model_card(source, architecture.name, dtype, proof), encoding="utf-8")
         _publish(aside, output)
     finally:

@@ -34,6 +34,11 @@ def find_checkpoint(start: Start, folder: RunFolder, manager: CheckpointManager,
         return None
     if start.resume_from is None:
         return manager.newest_whole(say)
+    if (start.resume_from / "checkpoints").is_dir():
+        raise ConfigError(
+            f"--resume-from {start.resume_from}: is a run's folder: name one of its checkpoints/step-…, or leave the "
+            "option out to go on from the newest"
+        )
     if not _is_own(start.resume_from, manager) and manager.steps():
         raise ConfigError(
             f"--resume-from {start.resume_from}: is not of this run, and {folder.path} already holds checkpoints of "

@@ -102,7 +102,7 @@ def test_B1_errors_leave_nothing(tmp_path: Path, corpus: Path) -> None:
         preprocess([corpus], tmp_path / "p", "bytes", workers=0)
     assert set(tmp_path.iterdir()) == before | {bad, empty}
     preprocess([corpus], tmp_path / "p", "bytes")
-    with pytest.raises(DataError, match="exists already.*--overwrite"):
+    with pytest.raises(ConfigError, match="exists already.*--overwrite"):
         preprocess([corpus], tmp_path / "p", "bytes")
     preprocess([corpus], tmp_path / "p", "bytes", overwrite=True)
 
