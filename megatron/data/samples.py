@@ -221,7 +221,9 @@ class SampleStream:
         for name, theirs in other.sources.items():
             if name in self._sources and self._sources[name].identity()["fingerprint"] == theirs.fingerprint:
                 mine = SourceRecord(**self._sources[name].identity())
-                mine.lifetime_tokens, mine.cursor = theirs.lifetime_tokens, dict(theirs.cursor)
+                # A cap counts what this run has trained on itself, too, though the cursor goes back before it.
+                known = self.ledger.sources.get(name, mine).lifetime_tokens
+                mine.lifetime_tokens, mine.cursor = max(known, theirs.lifetime_tokens), dict(theirs.cursor)
                 self.ledger.sources[name] = mine
                 self._streams.pop(name, None)
 

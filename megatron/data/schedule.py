@@ -136,7 +136,8 @@ def resolve_schedule(
         if frozen is not None:
             used = {name: frozen.used.get(name, 0) for name in used}
         elif taken is not None:
-            used |= taken.get(index, {})
+            # What this run has trained on itself stays used, whatever the checkpoint knew of it.
+            used |= {name: max(used[name], tokens) for name, tokens in taken.get(index, {}).items() if name in used}
         shape = section.seq_length or seq_length, section.global_batch_size or global_batch_size
         resolver = StageResolver(section, facts, *shape, used, stages[-1].last_weights() if stages else None, frozen)
         samples, weights = resolver.resolve(run_tokens)

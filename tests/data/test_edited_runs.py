@@ -158,3 +158,17 @@ def test_M5_a_source_that_was_trained_on_must_stay(corpora: Path) -> None:
     config = config_of(corpora, [dict(stage) for stage in TWO], sources=sources)
     with pytest.raises(ChangedPastError, match="source 'b' was trained on and is gone"):
         resolve_run(config, ledger=ledger)
+
+
+def test_M2_a_cap_counts_what_was_trained_on_before_cursors_went_back(corpora: Path, tmp_path: Path) -> None:
+    early = begun(corpora, TWO, 20)
+    (tmp_path / "state.json").write_text(json.dumps({"data": early.to_json()}))
+    (tmp_path / "manifest.json").write_bytes(manifest_bytes(build_manifest(tmp_path, 5, keep_forever=False)))
+    back = {"name": "back", "samples": 20, "mixture": {"c": 1}, "take": {"cursors": str(tmp_path)}}
+    run = resolve_run(config_of(corpora, [*(dict(stage) for stage in TWO), back]))
+    order = samples_of(run)
+    first_after = next(sample for sample in order[20:] if sample.source == "c")
+    assert order[80].pieces == first_after.pieces
+    mine = 16 * sum(sample.source == "c" for sample in order)
+    assert run.ledger.sources["c"].lifetime_tokens == mine
+    assert run.schedule.stages[2].used_before["c"] == mine - 20 * 16
