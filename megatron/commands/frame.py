@@ -39,25 +39,40 @@ def run_command(main_function: Main, argv: list[str] | None = None) -> int:
     read-only or failing disk gives 74; Ctrl-C 130; argparse's own exits pass. Anything else is a bug: traceback and 1.
     """
     try:
-        code = main_function(argv)
+        code = _code_of(main_function, argv)
         sys.stdout.flush()
         return code
     except StagemixError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        # the reader of a pipe (`| head`) has gone; Python would complain once more when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader of a pipe (`| head`) has gone
+        _give_up_output()
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno not in _REMEDIES:
             return _bug()
+        _give_up_output()
         return _fail(f"{_describe(error)}: {_REMEDIES[error.errno]}", EXIT_IO)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except SystemExit as error:
-        return _exit_code(error)
     except Exception:
         return _bug()
+
+
+def _code_of(main_function: Main, argv: list[str] | None) -> int:
+    try:
+        return main_function(argv)
+    except SystemExit as error:
+        return _exit_code(error)
+
+
+def _give_up_output() -> None:
+    """Drops what standard output still holds if it can't be written: Python would try once more at its end, complain,
+    and put an exit code of its own in the place of ours."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def config_arguments(parser: argparse.ArgumentParser) -> None:

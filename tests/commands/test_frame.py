@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import inspect
+import os
 import subprocess
 import sys
 from decimal import Decimal
@@ -76,10 +77,18 @@ def test_interrupt_and_the_exits_of_argparse() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_B1_output_to_a_full_disk_gives_74(stagemix_command: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--schema"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_B1_output_to_a_full_disk_gives_74(stagemix_command: list[str], arguments: list[str], unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*stagemix_command, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == 74
+        done = subprocess.run(
+            [*stagemix_command, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 74, done.stderr
     assert done.stderr.startswith(b"error: ")
     assert b"Traceback" not in done.stderr
 
