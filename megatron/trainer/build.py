@@ -106,13 +106,17 @@ def build(
     run_id = found.state["run_id"] if found else uuid.uuid4().hex[:12]
     optional = _optional_sinks(config, folder, state, run_id)
     settle(found, folder, manager, console.say)
-    folder.write("config.toml", config_to_toml(config))
+    resolved_words = config_to_toml(config)
+    folder.write("config.toml", resolved_words)
     sinks: list[Sink] = [JsonlSink(folder.metrics), console, *optional]
     constants = constants_of(run_id, shape.to_json(), precision, tokenizer, resolved)
-    files = files_of(config_to_toml(config), tokenizer)
+    files = files_of(resolved_words, tokenizer)
     saver = Saver(manager, state, engine, sinks, constants, resolved, files)
     for line in description(config, resolved, engine, precision, found, state):
         console.say(line)
+    console.say(f"resolved config, kept in {folder.path / 'config.toml'} and with every checkpoint:")
+    for line in resolved_words.splitlines():
+        console.say(f"  {line}".rstrip())
     console.begin(resolved.schedule.tokens, state.consumed_tokens)
     begin = StageStart(config.stages, shape, engine, state, config.run.seed, console.say)
     return _assemble(config, resolved, saver, begin, stop_requested)

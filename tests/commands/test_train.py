@@ -24,6 +24,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = train(make_run(folder))
     assert done.returncode == 0, done.stderr
     assert "run tiny begins at step 0" in done.stdout and "precision fp32" in done.stdout
+    assert "resolved config, kept in" in done.stdout and 'name = "tiny"' in done.stdout
     return folder
 
 
