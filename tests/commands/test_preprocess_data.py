@@ -33,7 +33,7 @@ def test_tokenizer_then_data(tmp_path: Path, corpus: Path, capsys: pytest.Captur
     data, tokenizer = IndexedDataset(prefix), load_tokenizer(model)
     assert tokenizer.decode(data.tokens(3)) == TEXT * 4
     assert data.manifest is not None and data.manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         preprocess_data.main(arguments)
     assert preprocess_data.main([*arguments, "--overwrite"]) == 0
     with pytest.raises(ConfigError, match="--overwrite"):

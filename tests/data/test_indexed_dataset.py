@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.config.errors import DataError
+from megatron.config.errors import ConfigError, DataError
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, check_vocab, dtype_for_vocab
 
 HEADER_BYTES = 34
@@ -239,7 +239,7 @@ def test_nothing_is_published_after_an_error(tmp_path: Path) -> None:
 def test_existing_output_and_second_writer_are_refused(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "p", np.uint16) as writer:
         writer.add_document([1])
-    with pytest.raises(DataError, match="overwrite"):
+    with pytest.raises(ConfigError, match="overwrite"):
         IndexedDatasetWriter(tmp_path / "p", np.uint16)
     with IndexedDatasetWriter(tmp_path / "p", np.uint16, overwrite=True) as writer:
         with pytest.raises(DataError, match="another process"):
