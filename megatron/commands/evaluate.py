@@ -21,6 +21,7 @@ from megatron.evaluation.task_files import HeldOutTask, write_held_out_tasks
 from megatron.hf.checkpoint_source import is_checkpoint, open_source
 from megatron.hf.export import TRAINING, export_checkpoint
 from megatron.planner.ledger_files import read_ledger
+from megatron.planner.resolve import validation_split
 from megatron.tokenizers.load import load_tokenizer
 
 EXAMPLE = """examples:
@@ -151,7 +152,7 @@ def _tasks(args: argparse.Namespace) -> tuple[list[str], list[HeldOutTask], Path
 
 def _check_held_out(config: RunConfig, models: Sequence[Path]) -> None:
     """Refuses held-out documents that a model of ours has been trained on: another split's."""
-    now = f"fraction {config.validation.fraction.normalize()}"
+    now = validation_split(config.validation)
     for path in models:
         if (then := _validation_of(path)) not in (None, now):
             raise ConfigError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_USAGE, StagemixError
+from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_USAGE, IO_REMEDIES, StagemixError
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
 
@@ -18,18 +17,6 @@ Main = Callable[[list[str] | None], int]
 
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-
-_REMEDIES = {
-    errno.ENOSPC: "free some space, or write to another disk",
-    errno.EDQUOT: "free some of your quota, or write to another disk",
-    errno.EROFS: "write to a folder that is not on a read-only file system",
-    errno.EIO: "the disk reports a hardware error: check it, or use another",
-    errno.ENOTDIR: "the path leads through a file: name another",
-    errno.EEXIST: "a file lies where a folder is needed: name another path",
-    errno.EISDIR: "a folder lies where a file is needed: name another path",
-    errno.EACCES: "check the permissions of the file and of its folder",
-    errno.EPERM: "check the permissions of the file and of its folder",
-}
 
 
 def run_command(main_function: Main, argv: list[str] | None = None) -> int:
@@ -49,10 +36,10 @@ def run_command(main_function: Main, argv: list[str] | None = None) -> int:
         _give_up_output()
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno not in _REMEDIES:
+        if error.errno not in IO_REMEDIES:
             return _bug()
         _give_up_output()
-        return _fail(f"{_describe(error)}: {_REMEDIES[error.errno]}", EXIT_IO)
+        return _fail(f"{_describe(error)}: {IO_REMEDIES[error.errno]}", EXIT_IO)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except Exception:

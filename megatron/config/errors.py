@@ -5,6 +5,8 @@ The codes are part of the documented contract (docs/exit-codes.md); launchers an
 
 from __future__ import annotations
 
+import errno
+
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -17,6 +19,19 @@ EXIT_NON_FINITE = 8
 EXIT_WATCHDOG = 9
 EXIT_IO = 74
 EXIT_REQUEUE = 75
+
+# operating-system errors that a user can repair, each with what to do: exit code 74
+IO_REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EROFS: "write to a folder that is not on a read-only file system",
+    errno.EIO: "the disk reports a hardware error: check it, or use another",
+    errno.ENOTDIR: "the path leads through a file: name another",
+    errno.EEXIST: "a file lies where a folder is needed: name another path",
+    errno.EISDIR: "a folder lies where a file is needed: name another path",
+    errno.EACCES: "check the permissions of the file and of its folder",
+    errno.EPERM: "check the permissions of the file and of its folder",
+}
 
 
 class StagemixError(Exception):

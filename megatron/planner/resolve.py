@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import ConfigError
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, ValidationSection
 from megatron.data.ledger import Ledger, SourceRecord, StageRecord
 from megatron.data.past import Today, check_past, check_words, frozen_stages, match_by_content, record_lr
 from megatron.data.samples import SampleStream
@@ -54,6 +54,11 @@ class ResolvedRun:
             )
             for name, use in record.use.items()
         }
+
+
+def validation_split(section: ValidationSection) -> str:
+    """What the past knows the held-out documents by."""
+    return f"fraction {section.fraction.normalize()}"
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -101,7 +106,7 @@ def resolve_run(
     check_batches(schedule, config.train.micro_batch_size)
     lr = resolve_lr(config.stages, schedule)
     identity = tokenizer.fingerprint if tokenizer is not None else ""
-    validation = f"fraction {config.validation.fraction.normalize()}"
+    validation = validation_split(config.validation)
     if ledger is None:
         fresh = Ledger(seed=config.run.seed, tokenizer=identity, validation=validation)
         return ResolvedRun(sources, schedule, lr, fresh, taken)

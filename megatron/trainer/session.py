@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import Any
 
-from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_REQUEUE, StagemixError
+from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_REQUEUE, IO_REMEDIES, StagemixError
 from megatron.config.schema import RunConfig
 from megatron.metrics.console import Console
 from megatron.trainer.build import build
@@ -15,12 +14,6 @@ from megatron.trainer.resume import Start
 from megatron.trainer.run_folder import RunFolder
 from megatron.trainer.signals import StopSignals
 from megatron.trainer.state import TrainerState
-
-# the ones that commands/frame.py gives exit code 74
-_IO = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
-)
 
 
 def run_training(config: RunConfig, start: Start, allow_lr_change: bool = False) -> int:
@@ -86,7 +79,7 @@ def _record_error(error: BaseException, record: Callable[[int, str], None], say:
     code = EXIT_BUG
     if isinstance(error, StagemixError):
         code = error.exit_code
-    elif isinstance(error, OSError) and error.errno in _IO:
+    elif isinstance(error, OSError) and error.errno in IO_REMEDIES:
         code = EXIT_IO
     try:
         record(code, f"{type(error).__name__}: {error}")
