@@ -3,6 +3,7 @@
 #
 #   make demo                     the whole path on this machine's own files: corpora, training, export, report
 #   make test | check | soak      tests | format, lint and types | tests that take minutes
+#   make sanitize                 the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make PYTHON=python3.12 …      another interpreter for .venv
 #   make TORCH_INDEX=URL …        torch alone from another index, for example PyTorch's CPU index (see README.md)
 
@@ -24,13 +25,14 @@ INSTALLED := $(if $(TORCH_INDEX),$(PINS)-$(shell echo "$(TORCH_INDEX)" | cksum |
 BUILT := $(VENV)/.built-$(shell cat setup.py pyproject.toml csrc/* | cksum | tr ' ' '-')
 # torch-free: everything that a login node runs
 TYPED := $(filter-out megatron/data/loader.py, $(wildcard megatron/config/*.py megatron/data/*.py \
-  megatron/tokenizers/*.py megatron/planner/*.py megatron/metrics/*.py megatron/optim/lr.py \
+  megatron/corpora/*.py megatron/preprocessing/*.py megatron/tokenizers/*.py megatron/planner/*.py megatron/metrics/*.py megatron/optim/lr.py \
   megatron/commands/frame.py megatron/commands/cli.py megatron/commands/plan.py megatron/commands/inspect_data.py \
   megatron/commands/ledger.py megatron/commands/report.py megatron/commands/preprocess_data.py \
+  megatron/commands/merge_data.py megatron/commands/preprocess_progress.py \
   megatron/commands/train_tokenizer.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test soak check format clean
+.PHONY: help .venv demo test soak sanitize check format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,6 +68,9 @@ test: .venv
 
 soak: .venv
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
+
+sanitize: .venv
+	@OMP_NUM_THREADS=1 $(RUN) tests/sanitized_extension.py || [ $$? -eq 77 ]
 
 check: .venv
 	$(RUN) -m ruff format --check .

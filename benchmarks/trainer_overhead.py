@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.load import load_config
-from megatron.data.indexed_dataset import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.metrics.console import Console
 from megatron.tokenizers.byte_level import ByteTokenizer
 from megatron.trainer.build import build

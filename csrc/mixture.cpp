@@ -1,10 +1,9 @@
-// The mixture stream: chairman assignment by earliest deadline, in exact integers.
-// megatron/data/mixture.py defines the rule and the terms; this file equals its PlainMixture at every position.
+// One step of the mixture stream.
 //
-// A source with c samples given becomes eligible at the first slot t with target(t) > c (its release), and its next
-// sample is due by the first slot with target(t) >= c + 1 (its deadline). Eligible sources wait in one heap for each
-// group, ordered by deadline and then by name; the others wait in one heap ordered by release. A step looks at the
-// top of each group only, and works out how far a group is behind only where deadlines tie.
+// Sources that wait for their release lie in a wheel of buckets, one for each slot modulo the wheel's size; the others
+// lie in a winner tree by deadline. A source's next deadline follows from its last by additions (constant weights) or
+// by one square root and an exact check (ramps); near a segment's end it is searched for.
+#include "mixture.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -12,313 +11,297 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <limits>
 #include <map>
 #include <stdexcept>
-#include <string>
-#include <tuple>
 #include <utility>
-#include <vector>
 
 #include "bindings.h"
 
 namespace py = pybind11;
 
+namespace stagemix {
+
 namespace {
 
-using Wide = __int128;
+// What one sample is in the units of a ramp stays below this, so that twice as much fits into 64 bits.
+constexpr Wide kFormulaLimit = Wide{1} << 62;
 
-constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
-constexpr int64_t kSnapshotEvery = int64_t{1} << 22;
-
-struct Segment {
-  int64_t start;
-  int64_t end;     // -1: for ever
-  int64_t length;  // factor of the common denominator: end - start, or 1 where the segment has no end
-  std::vector<int64_t> first;
-  std::vector<int64_t> last;
-  std::vector<Wide> bases;  // target at the start, times 2 * denominator
-  bool constant;
-
-  // The target of a source at `offset` samples into the segment, times 2 * denominator * length.
-  Wide numerator(int source, int64_t offset) const {
-    const Wide linear = (bases[source] + Wide{2} * first[source] * offset) * length;
-    return linear + Wide{last[source] - first[source]} * offset * offset;
+std::vector<std::vector<int>> tie_classes(const std::vector<int>& groups, const WeightTargets& targets) {
+  std::map<int, std::vector<int>> members;
+  for (size_t s = 0; s < groups.size(); ++s) {
+    if (groups[s] < 0) throw std::invalid_argument("a group number is negative");
+    members[groups[s]].push_back(static_cast<int>(s));
   }
-};
-
-Wide floor_divide(Wide dividend, Wide divisor) {  // divisor > 0, dividend >= 0
-  if (dividend <= Wide{kNever} && divisor <= Wide{kNever}) {
-    return static_cast<uint64_t>(dividend) / static_cast<uint64_t>(divisor);
+  std::vector<std::vector<int>> classes;
+  std::map<std::vector<int64_t>, std::vector<int>> alone;  // by weights
+  for (auto& [group, sources] : members) {
+    if (sources.size() > 1) {
+      classes.push_back(std::move(sources));
+      continue;
+    }
+    std::vector<int64_t> weights;
+    for (const Segment& segment : targets.segments()) {
+      weights.push_back(segment.first[sources[0]]);
+      weights.push_back(segment.last[sources[0]]);
+    }
+    alone[weights].push_back(sources[0]);
   }
-  return dividend / divisor;
+  for (auto& [weights, sources] : alone) {
+    std::sort(sources.begin(), sources.end());
+    classes.push_back(std::move(sources));
+  }
+  return classes;
 }
 
-class MixtureStream {
- public:
-  using SegmentRow = std::tuple<int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+}  // namespace
 
-  MixtureStream(int64_t denominator, std::vector<int> groups, const std::vector<SegmentRow>& rows,
-                std::vector<int64_t> counts)
-      : denominator_(denominator), groups_(std::move(groups)), counts_(std::move(counts)) {
-    const size_t sources = groups_.size();
-    if (denominator_ < 1 || sources == 0 || rows.empty() || counts_.size() != sources) {
-      throw std::invalid_argument("a mixture needs a denominator, sources, segments and one count for each source");
-    }
-    std::vector<Wide> base(sources, 0);
-    for (const auto& [start, end, first, last] : rows) {
-      if (first.size() != sources || last.size() != sources) {
-        throw std::invalid_argument("a segment needs one weight for each source");
-      }
-      Segment segment{start, end, end < 0 ? 1 : end - start, first, last, base, first == last};
-      if (segment.length < 1) throw std::invalid_argument("a segment ends where it starts");
-      if (end < 0 && !segment.constant) throw std::invalid_argument("a ramp needs an end");
-      for (size_t s = 0; s < sources; ++s) base[s] += Wide{first[s] + last[s]} * segment.length;
-      segments_.push_back(std::move(segment));
-    }
-    if (segments_.back().end >= 0) throw std::invalid_argument("the last segment must hold for ever");
-    int groups_count = 0;
-    for (int group : groups_) {
-      if (group < 0) throw std::invalid_argument("a group number is negative");
-      groups_count = std::max(groups_count, group + 1);
-    }
-    ready_.resize(groups_count);
-    members_.resize(groups_count);
-    for (size_t s = 0; s < sources; ++s) members_[groups_[s]].push_back(static_cast<int>(s));
-    for (int64_t count : counts_) {
-      if (count < 0) throw std::invalid_argument("a count is negative");
-    }
-    restart(counts_);
+MixtureStream::MixtureStream(int64_t denominator, std::vector<int> groups, const std::vector<WeightTargets::Row>& rows,
+                             std::vector<int64_t> counts)
+    : targets_(denominator, groups.size(), rows),
+      sources_(groups.size()),
+      links_(groups.size()),
+      eligible_(tie_classes(groups, targets_), groups.size()) {
+  if (counts.size() != groups.size()) throw std::invalid_argument("a mixture needs one count for each source");
+  for (int64_t count : counts) {
+    if (count < 0) throw std::invalid_argument("a count is negative");
   }
+  for (size_t s = 0; s < groups.size(); ++s) links_[s].group = groups[s];
+  lags_.resize(static_cast<size_t>(*std::max_element(groups.begin(), groups.end())) + 1);
+  // Wide enough that sources which wait for longer than a turn cost a fraction of a look each slot.
+  size_t buckets = 64;
+  while (buckets < 4 * groups.size()) buckets *= 2;
+  wheel_.resize(buckets);
+  wheel_mask_ = static_cast<int64_t>(buckets) - 1;
+  restart(std::move(counts));
+}
 
-  int64_t position() const { return position_; }
-  const std::vector<int64_t>& counts() const { return counts_; }
+void MixtureStream::restart(std::vector<int64_t> counts) {
+  counts_ = std::move(counts);
+  position_ = 0;
+  for (int64_t count : counts_) position_ += count;
+  for (GroupLag& group : lags_) group.count = 0;
+  for (size_t s = 0; s < counts_.size(); ++s) lags_[links_[s].group].count += counts_[s];
+  for (size_t s = 0; s < counts_.size(); ++s) {
+    sources_[s].deadline = counts_[s] > 0 ? targets_.first_slot(s, counts_[s], /*above=*/false) : 0;
+    plan_by_search(static_cast<int>(s));
+  }
+  renew(position_ + 1);
+}
 
-  py::array_t<int32_t> take(int64_t samples) {
+// Makes ready for the slots from `slot` on.
+void MixtureStream::renew(int64_t slot) {
+  const Segment& segment = targets_.segments()[targets_.segment_at(slot)];
+  enter_segment(segment);
+  queue_all();
+  renewal_ = std::min(segment.end, position_ + EarliestDeadline::kReach / 2);
+}
+
+void MixtureStream::queue_all() {
+  eligible_.clear(position_);
+  std::fill(wheel_.begin(), wheel_.end(), -1);
+  for (size_t s = 0; s < counts_.size(); ++s) schedule(static_cast<int>(s));
+}
+
+// Queues a source whose next sample was planned.
+inline void MixtureStream::schedule(int source) {
+  const Source& next = sources_[source];
+  if (next.release <= position_ + 1) {
+    eligible_.insert(source, next.deadline);
+  } else if (next.release != kNever) {
+    int32_t& bucket = wheel_[next.release & wheel_mask_];
+    links_[source].next = bucket;
+    bucket = source;
+  }
+}
+
+// Works out release and deadline of the sample after the one that was just given.
+inline void MixtureStream::plan_by_formula(int source) {
+  Source& s = sources_[source];
+  int64_t slots, excess;
+  if (!links_[source].ramp) {
+    excess = s.excess + s.bend;
+    const int64_t spare = -static_cast<int64_t>(excess >= s.rise);
+    excess -= s.rise & spare;
+    slots = s.stride + spare;
+    if (s.deadline > s.formula_end - slots) return plan_by_search(source);
+  } else {
+    if (!ramp_stride(s, slots)) return plan_by_search(source);
+    excess = static_cast<int64_t>(Wide{slots} * (s.rise + s.bend * slots) + s.excess - s.stride);
+    s.rise += 2 * s.bend * slots;
+  }
+  // The next sample may be given once the target is above what was due at the last deadline.
+  s.release = s.deadline + (s.excess == 0);
+  s.previous = s.deadline;
+  s.deadline += slots;
+  s.excess = excess;
+}
+
+// The slots from a deadline to the next inside a ramp; false where they lead out of it or rounding got in the way.
+inline bool MixtureStream::ramp_stride(const Source& s, int64_t& slots) const {
+  const int64_t missing = s.stride - s.excess;
+  const double rise = static_cast<double>(s.rise);
+  const double need = static_cast<double>(missing);
+  const double root = std::sqrt(std::max(0.0, rise * rise + 4.0 * static_cast<double>(s.bend) * need));
+  const double guess = 2.0 * need / (rise + root);
+  const int64_t room = s.formula_end - s.deadline;
+  if (!(guess < static_cast<double>(room))) return false;
+  const auto gives = [&](int64_t count) { return Wide{count} * (s.rise + Wide{s.bend} * count) >= missing; };
+  slots = static_cast<int64_t>(guess);  // the answer is this or the next
+  slots += !gives(slots);
+  return slots >= 1 && slots <= room && gives(slots) && !gives(slots - 1);
+}
+
+void MixtureStream::plan_by_search(int source) {
+  Source& s = sources_[source];
+  s.previous = s.deadline;
+  s.release = targets_.first_slot(source, counts_[source], /*above=*/true);
+  s.deadline = s.release == kNever ? kNever : targets_.first_slot(source, counts_[source] + 1, /*above=*/false);
+  set_formula(source);
+}
+
+// From here on deadlines follow from the last one, as long as they stay in its segment.
+void MixtureStream::set_formula(int source) {
+  Source& s = sources_[source];
+  s.formula_end = -1;
+  links_[source].ramp = false;
+  s.excess = s.rise = s.bend = 0;
+  s.stride = 0;
+  if (s.deadline == kNever) return;
+  const Segment& segment = targets_.segments()[targets_.segment_at(s.deadline - 1)];
+  const int64_t offset = s.deadline - segment.start;
+  const int64_t first = segment.first[source], last = segment.last[source];
+  const Wide due = Wide{2} * targets_.denominator() * (counts_[source] + 1);
+  if (first == last) {
+    const int64_t sample = 2 * targets_.denominator(), rise = 2 * first;
+    s.excess = static_cast<int64_t>(segment.bases[source] + Wide{rise} * offset - due);
+    s.rise = rise;
+    s.stride = (sample + rise - 1) / rise;
+    s.bend = s.stride * rise - sample;
+  } else {
+    const Wide sample = Wide{2} * targets_.denominator() * segment.length;
+    if (sample >= kFormulaLimit) return;
+    links_[source].ramp = true;
+    s.excess = static_cast<int64_t>(segment.numerator(source, offset) - due * segment.length);
+    s.bend = last - first;
+    s.rise = static_cast<int64_t>(Wide{2} * first * segment.length + Wide{2} * s.bend * offset);
+    s.stride = static_cast<int64_t>(sample);
+  }
+  s.formula_end = segment.end;
+}
+
+void MixtureStream::enter_segment(const Segment& segment) {
+  segment_start_ = segment.start;
+  const int64_t length = segment.constant ? 1 : segment.length;
+  scale_ = Wide{2} * targets_.denominator() * length;
+  for (GroupLag& group : lags_) group.base = group.slope = group.bend = 0;
+  for (size_t s = 0; s < sources_.size(); ++s) {
+    GroupLag& group = lags_[links_[s].group];
+    group.base += segment.bases[s] * length;
+    group.slope += Wide{2} * segment.first[s] * length;
+    group.bend += segment.last[s] - segment.first[s];
+  }
+}
+
+inline Wide MixtureStream::lag(int group, int64_t offset) const {
+  const GroupLag& g = lags_[group];
+  return g.base + (g.slope + Wide{g.bend} * offset) * offset - scale_ * g.count;
+}
+
+// Among classes with the earliest deadline: the group furthest behind, then the name that sorts first.
+int MixtureStream::settle_tie(int64_t slot) {
+  const int64_t offset = slot - segment_start_;
+  int best = eligible_.winner();
+  Wide best_lag = lag(links_[best].group, offset);
+  eligible_.each_tied([&](int source) {
+    const Wide other = lag(links_[source].group, offset);
+    if (other > best_lag || (other == best_lag && source < best)) {
+      best = source;
+      best_lag = other;
+    }
+  });
+  if (sources_[best].deadline > note_ties_after_) broken_ties_.insert(sources_[best].deadline);
+  return best;
+}
+
+// The rule by a look at every source, for deadlines that the tree cannot tell apart.
+int MixtureStream::search_all(int64_t slot) {
+  int best = -1;
+  Wide best_lag = 0;
+  for (size_t s = 0; s < sources_.size(); ++s) {
+    if (sources_[s].release > slot) continue;
+    const Wide other = lag(links_[s].group, slot - segment_start_);
+    if (best < 0 || sources_[s].deadline < sources_[best].deadline ||
+        (sources_[s].deadline == sources_[best].deadline && other > best_lag)) {
+      best = static_cast<int>(s);
+      best_lag = other;
+    }
+  }
+  if (best < 0) throw std::logic_error("no source is eligible: the counts are not those of this stage");
+  if (sources_[best].deadline > note_ties_after_) broken_ties_.insert(sources_[best].deadline);
+  return best;
+}
+
+int32_t MixtureStream::step() {
+  const int64_t slot = position_ + 1;
+  if (slot >= renewal_) renew(slot);
+  int32_t& bucket = wheel_[slot & wheel_mask_];
+  if (bucket >= 0) {
+    int32_t later = -1;
+    for (int32_t source = bucket; source >= 0;) {
+      const int32_t next = links_[source].next;
+      if (sources_[source].release == slot) {
+        eligible_.insert(source, sources_[source].deadline);
+      } else {
+        links_[source].next = later;
+        later = source;
+      }
+      source = next;
+    }
+    bucket = later;
+  }
+  int source = eligible_.winner();
+  if (eligible_.strange()) {
+    source = search_all(slot);
+  } else if (eligible_.tied()) {
+    source = settle_tie(slot);
+  }
+  ++counts_[source];
+  ++lags_[links_[source].group].count;
+  position_ = slot;
+  plan_by_formula(source);
+  if (sources_[source].release > slot + 1) eligible_.remove(source);
+  schedule(source);
+  return source;
+}
+
+void MixtureStream::advance(int64_t goal) {
+  seek_steps_ += goal - position_;
+  while (position_ < goal) step();
+}
+
+void bind_mixture(py::module_& module) {
+  const auto take = [](MixtureStream& stream, int64_t samples) {
     if (samples < 0) throw std::invalid_argument("a negative number of samples");
     py::array_t<int32_t> result(samples);
     int32_t* out = result.mutable_data();
     py::gil_scoped_release release;
-    for (int64_t i = 0; i < samples; ++i) out[i] = step();
+    stream.take(samples, out);
     return result;
-  }
-
-  void seek(int64_t target) {
-    if (target < 0) throw std::invalid_argument("a negative position");
-    py::gil_scoped_release release;
-    if (target < position_) {
-      auto after = snapshots_.upper_bound(target);
-      restart(after == snapshots_.begin() ? std::vector<int64_t>(counts_.size(), 0) : std::prev(after)->second);
-    }
-    if (jump_to_whole(target)) return;
-    if (segments_.size() == 1) jump_to_whole(target / denominator_ * denominator_);
-    while (position_ < target) {
-      if (!jump_periods(target)) advance(std::min(target, position_ + kSnapshotEvery));
-    }
-  }
-
- private:
-  struct Later {  // orders heaps so that the smallest (slot, source) is on top
-    bool operator()(const std::pair<int64_t, int>& a, const std::pair<int64_t, int>& b) const { return a > b; }
   };
-  using Heap = std::vector<std::pair<int64_t, int>>;
-
-  static void push(Heap& heap, int64_t key, int source) {
-    heap.emplace_back(key, source);
-    std::push_heap(heap.begin(), heap.end(), Later());
-  }
-
-  static int pop(Heap& heap) {
-    std::pop_heap(heap.begin(), heap.end(), Later());
-    const int source = heap.back().second;
-    heap.pop_back();
-    return source;
-  }
-
-  void restart(std::vector<int64_t> counts) {
-    counts_ = std::move(counts);
-    position_ = 0;
-    for (int64_t count : counts_) position_ += count;
-    hints_.assign(counts_.size(), 0);
-    deadlines_.assign(counts_.size(), kNever);
-    waiting_.clear();
-    for (auto& heap : ready_) heap.clear();
-    segment_ = 0;
-    for (size_t s = 0; s < counts_.size(); ++s) schedule(static_cast<int>(s));
-  }
-
-  // Works out release and deadline of a source's next sample and queues it.
-  void schedule(int source) {
-    const int64_t release = first_slot(source, counts_[source], /*above=*/true);
-    if (release == kNever) return;
-    deadlines_[source] = first_slot(source, counts_[source] + 1, /*above=*/false);
-    if (release <= position_ + 1) {
-      push(ready_[groups_[source]], deadlines_[source], source);
-    } else {
-      push(waiting_, release, source);
-    }
-  }
-
-  // The smallest slot whose target is above (or: at least) `whole`. Counts only grow, so the search starts at the
-  // segment where the last release lay.
-  int64_t first_slot(int source, int64_t whole, bool above) {
-    size_t k = hints_[source];
-    const Wide wanted = Wide{2} * denominator_ * whole;
-    for (; k + 1 < segments_.size(); ++k) {
-      const Wide at_end = segments_[k + 1].bases[source];
-      if (above ? at_end > wanted : at_end >= wanted) break;
-    }
-    if (above) hints_[source] = k;
-    const Segment& segment = segments_[k];
-    if (segment.first[source] == segment.last[source]) {
-      const int64_t weight = segment.first[source];
-      if (weight == 0) return kNever;
-      const Wide missing = wanted - segment.bases[source];
-      const Wide slot = above ? floor_divide(missing, Wide{2} * weight) + 1
-                              : floor_divide(missing + Wide{2} * weight - 1, Wide{2} * weight);
-      return segment.start + static_cast<int64_t>(slot);
-    }
-    const Wide scaled = wanted * segment.length;
-    const auto holds = [&](int64_t offset) {
-      const Wide numerator = segment.numerator(source, offset);
-      return above ? numerator > scaled : numerator >= scaled;
-    };
-    int64_t low = 0, high = segment.length;  // holds at high, not at low
-    // The quadratic's root in floating point is near; what is exact is the search around it.
-    const double slope = static_cast<double>(segment.first[source]) * static_cast<double>(segment.length);
-    const double missing =
-        static_cast<double>(wanted - segment.bases[source]) * static_cast<double>(segment.length);
-    const double change = static_cast<double>(segment.last[source] - segment.first[source]);
-    const double divisor = slope + std::sqrt(std::max(0.0, slope * slope + change * missing));
-    const double root = divisor > 0 ? missing / divisor : 0;
-    int64_t probe = root < static_cast<double>(high) ? static_cast<int64_t>(root) + 1 : high - 1;
-    for (int64_t stride = 1; stride < 16 && high - low > 1; stride *= 2) {
-      probe = std::min(std::max(probe, low + 1), high - 1);
-      const bool held = holds(probe);
-      (held ? high : low) = probe;
-      probe += held ? -stride : stride;
-    }
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (holds(middle) ? high : low) = middle;
-    }
-    return segment.start + high;
-  }
-
-  // How far a group is behind its target at a slot, times the denominator that all sources share there.
-  Wide lag(int group, int64_t slot) const {
-    const Segment& segment = segments_[segment_];
-    const Wide scale = Wide{2} * denominator_ * segment.length;
-    Wide sum = 0;
-    for (int source : members_[group]) {
-      sum += segment.numerator(source, slot - segment.start) - scale * counts_[source];
-    }
-    return sum;
-  }
-
-  int32_t step() {
-    const int64_t slot = position_ + 1;
-    while (segment_ + 1 < segments_.size() && segments_[segment_ + 1].start <= slot) ++segment_;
-    while (!waiting_.empty() && waiting_.front().first <= slot) {
-      const int source = pop(waiting_);
-      push(ready_[groups_[source]], deadlines_[source], source);
-    }
-    int best = -1;
-    Wide best_lag = 0;
-    bool lag_known = false;
-    for (int group = 0; group < static_cast<int>(ready_.size()); ++group) {
-      if (ready_[group].empty()) continue;
-      if (best < 0 || ready_[group].front().first < ready_[best].front().first) {
-        best = group;
-        lag_known = false;
-      } else if (ready_[group].front().first == ready_[best].front().first) {
-        if (!lag_known) best_lag = lag(best, slot);
-        lag_known = true;
-        const Wide other = lag(group, slot);
-        if (other > best_lag ||
-            (other == best_lag && ready_[group].front().second < ready_[best].front().second)) {
-          best = group;
-          best_lag = other;
-        }
-      }
-    }
-    if (best < 0) throw std::logic_error("no source is eligible: the weights do not sum to one");
-    const int source = pop(ready_[best]);
-    ++counts_[source];
-    ++position_;
-    schedule(source);
-    return source;
-  }
-
-  // Where every target is whole, each count must equal its target.
-  bool jump_to_whole(int64_t target) {
-    if (target < position_) return false;
-    size_t k = 0;
-    while (k + 1 < segments_.size() && segments_[k + 1].start <= target) ++k;
-    const Wide scale = Wide{2} * denominator_ * segments_[k].length;
-    std::vector<int64_t> counts(counts_.size());
-    for (size_t s = 0; s < counts.size(); ++s) {
-      const Wide numerator = segments_[k].numerator(static_cast<int>(s), target - segments_[k].start);
-      if (numerator % scale != 0) return false;
-      counts[s] = static_cast<int64_t>(numerator / scale);
-    }
-    restart(std::move(counts));
-    return true;
-  }
-
-  void advance(int64_t target) {
-    while (position_ < target) step();
-    if (segments_.size() > 1) snapshots_[position_] = counts_;
-  }
-
-  // In a constant segment the order repeats once a whole period has changed the counts by just the weights. Near a
-  // segment's end deadlines look into the next one, so three periods before it are stepped through.
-  bool jump_periods(int64_t target) {
-    size_t k = 0;
-    while (k + 1 < segments_.size() && segments_[k + 1].start <= position_) ++k;
-    const Segment& segment = segments_[k];
-    const int64_t reach = segment.end < 0 ? target : std::min(target, segment.end - 3 * denominator_);
-    if (!segment.constant || reach - position_ < 2 * denominator_) return false;
-    const std::vector<int64_t> before = counts_;
-    advance(position_ + denominator_);
-    for (size_t s = 0; s < counts_.size(); ++s) {
-      if (counts_[s] - before[s] != segment.first[s]) return true;  // progress was made; the next call tries again
-    }
-    const int64_t periods = (reach - position_) / denominator_;
-    std::vector<int64_t> counts = counts_;
-    for (size_t s = 0; s < counts.size(); ++s) counts[s] += periods * segment.first[s];
-    restart(std::move(counts));
-    return true;
-  }
-
-  int64_t denominator_;
-  std::vector<int> groups_;
-  std::vector<int64_t> counts_;
-  std::vector<Segment> segments_;
-  int64_t position_ = 0;
-  size_t segment_ = 0;              // the segment that holds the slot being filled
-  std::vector<size_t> hints_;       // for each source, the segment of its last release
-  std::vector<int64_t> deadlines_;  // of each source's next sample
-  Heap waiting_;
-  std::vector<Heap> ready_;
-  std::vector<std::vector<int>> members_;
-  std::map<int64_t, std::vector<int64_t>> snapshots_;
-};
-
-}  // namespace
-
-namespace stagemix {
-
-void bind_mixture(py::module_& module) {
+  const auto seek = [](MixtureStream& stream, int64_t position) {
+    if (position < 0) throw std::invalid_argument("a negative position");
+    py::gil_scoped_release release;
+    stream.seek(position);
+  };
   py::class_<MixtureStream>(module, "MixtureStream",
                             "Chairman assignment over sources; see megatron.data.mixture for the rule.")
-      .def(py::init<int64_t, std::vector<int>, const std::vector<MixtureStream::SegmentRow>&, std::vector<int64_t>>(),
+      .def(py::init<int64_t, std::vector<int>, const std::vector<WeightTargets::Row>&, std::vector<int64_t>>(),
            py::arg("denominator"), py::arg("groups"), py::arg("segments"), py::arg("counts"))
       .def_property_readonly("position", &MixtureStream::position)
       .def_property_readonly("counts", &MixtureStream::counts)
-      .def("take", &MixtureStream::take, py::arg("samples"))
-      .def("seek", &MixtureStream::seek, py::arg("position"));
+      .def_property_readonly("seek_steps", &MixtureStream::seek_steps, "Steps that seeks have taken so far.")
+      .def("take", take, py::arg("samples"))
+      .def("seek", seek, py::arg("position"));
 }
 
 }  // namespace stagemix

@@ -7,4 +7,7 @@ PYBIND11_MODULE(_native, module) {
   stagemix::bind_permutation(module);
   stagemix::bind_epoch_index(module);
   stagemix::bind_mixture(module);
+  stagemix::bind_index_checks(module);
+  stagemix::bind_gather(module);
+  stagemix::bind_batch_digest(module);
 }

@@ -7,10 +7,11 @@
 #include <vector>
 
 #include "permutation.h"
+#include "unaligned.h"
 
 namespace stagemix {
 
-// Tokens of each document of one file, in memory that outlives the table (a memory map, usually).
+// Tokens of each document of one file, in memory that outlives the table: a memory map usually, at any address.
 struct FileLengths {
   const void* data;
   bool wide;                // int64 rather than int32
@@ -19,8 +20,7 @@ struct FileLengths {
   std::uint64_t first = 0;  // number of its first document through the whole source
 
   std::int64_t at(std::uint64_t document) const {
-    return wide ? static_cast<const std::int64_t*>(data)[document]
-                : static_cast<const std::int32_t*>(data)[document];
+    return wide ? load<std::int64_t>(data, document) : load<std::int32_t>(data, document);
   }
   const void* address(std::uint64_t document) const {
     return static_cast<const char*>(data) + document * (wide ? 8 : 4);

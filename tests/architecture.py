@@ -24,7 +24,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("parallel",),
     ("checkpoint", "optim"),
+    ("preprocessing",),
     ("data",),
+    ("corpora",),
     ("kernels",),
     ("tokenizers", "metrics"),
     ("config",),
@@ -37,6 +39,11 @@ DOORS = {
     "deepspeed": "megatron/engines/deepspeed_engine.py",
     "triton": "megatron/kernels/*_triton.py",
     "wandb": "megatron/metrics/wandb_sink.py",
+    "gigatoken": "megatron/tokenizers/gigatoken_encoder.py",
+    "tiktoken": "megatron/tokenizers/tiktoken_tokenizer.py",
+    "pyarrow": "megatron/corpora/parquet.py",
+    "matplotlib": "megatron/planner/plan_picture.py",
+    "rensa": "megatron/corpora/near_duplicates.py",
 }
 TORCH_FREE = (
     "megatron/config/*.py",
@@ -44,11 +51,24 @@ TORCH_FREE = (
     "megatron/launch/*.py",
     "megatron/study/*.py",
     "megatron/tokenizers/*.py",
+    "megatron/corpora/*.py",
     "megatron/data/*.py",
+    "megatron/preprocessing/*.py",
     "megatron/optim/lr.py",
     *(
         f"megatron/commands/{name}.py"
-        for name in ("cli", "frame", "plan", "inspect_data", "ledger", "report", "preprocess_data", "train_tokenizer")
+        for name in (
+            "cli",
+            "frame",
+            "plan",
+            "inspect_data",
+            "ledger",
+            "report",
+            "preprocess_data",
+            "merge_data",
+            "preprocess_progress",
+            "train_tokenizer",
+        )
     ),
 )
 TORCH_ALLOWED_AMONG = ("megatron/data/loader.py",)

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron.config.load import config_from_tables
 from megatron.config.schema import RunConfig
-from megatron.data.indexed_dataset import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 
 VOCAB = 257
 

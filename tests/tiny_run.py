@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.indexed_dataset import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.tokenizers.byte_level import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

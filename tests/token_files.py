@@ -27,7 +27,7 @@ def backend(name: str) -> Iterator[None]:
         yield
         return
     with ExitStack() as patches:
-        for module in ("permutation", "holdout", "piece_table"):
+        for module in ("permutation", "holdout", "piece_table", "assembly", "indexed_format"):
             patches.enter_context(patch(f"megatron.data.{module}.native", lambda: None))
         yield
 

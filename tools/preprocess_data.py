@@ -7,8 +7,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(entry for entry in sys.path if Path(entry).resolve() != HERE)]
 
-from megatron.commands.frame import run_command  # noqa: E402
 from megatron.commands.preprocess_data import main  # noqa: E402
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # worker processes import this file too, and need no frame
+    from megatron.commands.frame import run_command
+
     sys.exit(run_command(main))

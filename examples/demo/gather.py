@@ -33,7 +33,7 @@ from tqdm import tqdm
 from megatron.commands.frame import run_command
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.quantities import parse_count
-from megatron.data.preprocess import exit_with_parent
+from megatron.preprocessing.processes import exit_with_parent
 
 _FILES_A_TASK = 16
 _SHORTEST_CODE, _SHORTEST_TEXT = 200, 300  # characters

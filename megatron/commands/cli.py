@@ -6,13 +6,13 @@ import difflib
 import importlib
 import sys
 
-from megatron.commands.frame import run_command
 from megatron.config.errors import EXIT_DONE, ConfigError
 from megatron.config.version import VERSION
 
 COMMANDS = {
-    "train_tokenizer": "train a SentencePiece BPE tokenizer with byte fallback on raw corpora",
+    "train_tokenizer": "train a SentencePiece or byte-level BPE tokenizer on raw corpora",
     "preprocess_data": "turn raw corpora into indexed token files (.bin, .idx, .json)",
+    "merge_data": "publish the dataset whose shards preprocess_data made on several nodes",
     "plan": "print what a config would train on, stage by stage, without torch or data",
     "inspect_data": "list the very samples that a run consumes: source, epoch, documents, text",
     "train": "train, or resume, the run of a config",
@@ -66,6 +66,9 @@ def overview() -> str:
 
 def entry() -> int:
     """The console script `stagemix`."""
+    # not at the top: worker processes import this module too, and the frame brings the whole config
+    from megatron.commands.frame import run_command
+
     return run_command(main)
 
 

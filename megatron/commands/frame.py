@@ -8,10 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_USAGE, IO_REMEDIES, StagemixError
-from megatron.config.load import load_config
-from megatron.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from megatron.config.schema import RunConfig
 
 Main = Callable[[list[str] | None], int]
 
@@ -78,6 +80,9 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_from(args: argparse.Namespace) -> RunConfig:
     """The config named on the command line, with its overrides applied. Raises ConfigError."""
+    # Not at the top: commands without a config would wait a tenth of a second for pydantic.
+    from megatron.config.load import load_config
+
     return load_config(args.config, args.overrides)
 
 

@@ -13,17 +13,21 @@ from megatron.commands.tables import console_for_tables, new_table
 from megatron.config.errors import EXIT_CHANGED_PAST, EXIT_DONE, CheckpointError
 from megatron.config.quantities import format_count
 from megatron.data.ledger import Ledger, ledger_rows
+from megatron.planner.ledger_comparison import Difference, Parting, differences, parting, same_samples
 from megatron.planner.ledger_files import checkpoint_folders, read_ledger
 
 EPILOG = """\
 example:
   stagemix ledger show runs/mine                       # the newest checkpoint of a run
   stagemix ledger show runs/mine/checkpoints/step-000001000 --json
-  stagemix ledger diff runs/mine runs/other            # order hashes, samples and epochs side by side
+  stagemix ledger diff runs/mine runs/other            # what differs in words, where they part, counts side by side
   stagemix ledger diff runs/mine                       # its two newest checkpoints: what was trained on in between
 
-`diff` exits with 0 when both have consumed the same samples in the same order, and with 5 when they have not.
+`diff` exits with 0 when both have consumed the same samples in the same order, and with 5 when they have not. With
+--json it prints "same", "a", "b", "differences" (each with "what", "words", "a", "b"), "parting" (with "sample",
+"reason", "known") and "rows".
 """
+_EXTRAS = ("unused", "skipped", "displaced")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff = actions.add_parser("diff", help="two ledgers side by side")
     diff.add_argument("a", type=Path, metavar="A", help="a run folder or a checkpoint folder")
     diff.add_argument("b", type=Path, nargs="?", metavar="B", help="default: the run's two newest checkpoints")
+    diff.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,13 +54,39 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = console_for_tables()
     if args.action == "diff":
-        return _diff(args.a, args.b, console)
+        return _diff(args.a, args.b, args.json, console)
     ledger = read_ledger(args.run)
     if args.json:
-        print(json.dumps(ledger.to_json() | {"rows": ledger_rows(ledger)}, indent=2))
+        rows = _rows(ledger)
+        print(json.dumps(ledger.to_json() | {"rows": rows, "groups": _groups(rows)}, indent=2))
         return 0
     _show(ledger, console)
     return 0
+
+
+def _rows(ledger: Ledger) -> list[dict[str, Any]]:
+    """The ledger's rows with what was unused, skipped and displaced."""
+    use = {(stage.name, name): taken for stage in ledger.stages for name, taken in stage.use.items()}
+    rows = []
+    for row in ledger_rows(ledger):
+        taken = use.get((row["training_stage"], row["source"]))
+        rows.append(row | {key: getattr(taken, key) if taken else 0 for key in _EXTRAS})
+    return rows
+
+
+def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sums of each group of more than one source, by stage."""
+    sums: dict[tuple[str, str], dict[str, Any]] = {}
+    summed = ("samples", "target", "error", "tokens", "share", *_EXTRAS)
+    for row in rows:
+        key = row["training_stage"], row["group"]
+        group = sums.setdefault(
+            key, {"training_stage": key[0], "group": key[1], "sources": []} | dict.fromkeys(summed, 0)
+        )
+        group["sources"].append(row["source"])
+        for what in summed:
+            group[what] += row[what]
+    return [group for group in sums.values() if len(group["sources"]) > 1]
 
 
 def _show(ledger: Ledger, console: Console) -> None:
@@ -63,22 +94,20 @@ def _show(ledger: Ledger, console: Console) -> None:
         f"{ledger.consumed_steps:,} steps, {ledger.consumed_samples:,} samples, "
         f"{format_count(ledger.consumed_tokens)} tokens; order {ledger.order_hash}"
     )
-    table = new_table("", "stage", "source", "samples", "target", "error", "tokens", "share", "epochs")
+    rows = _rows(ledger)
+    groups = {(group["training_stage"], group["group"]): group for group in _groups(rows)}
+    extras = [key for key in _EXTRAS if any(row[key] for row in rows)]
+    table = new_table("", "stage", "source", "samples", "target", "error", "tokens", "share", "epochs", *extras)
     previous = ""
-    for row in ledger_rows(ledger):
+    for row in sorted(rows, key=lambda row: (_position(row["training_stage"], ledger), row["group"], row["source"])):
         name = row["training_stage"]
         if previous and name != previous:
             table.add_section()
-        table.add_row(
-            name if name != previous else "",
-            row["source"],
-            f"{row['samples']:,}",
-            f"{row['target']:,.3f}",
-            f"{row['error']:+.3f}",
-            format_count(row["tokens"]),
-            f"{row['share']:.2%}",
-            f"{row['epochs']:.4f}",
-        )
+        if (group := groups.pop((name, row["group"]), None)) is not None:
+            cells = _cells(group, extras, "")
+            table.add_row(name if name != previous else "", f"{row['group']} (group)", *cells, style="bold")
+            previous = name
+        table.add_row(name if name != previous else "", row["source"], *_cells(row, extras, f"{row['epochs']:.4f}"))
         previous = name
     console.print(table)
     for name, source in sorted(ledger.sources.items()):
@@ -87,41 +116,86 @@ def _show(ledger: Ledger, console: Console) -> None:
         console.print(f"event: {json.dumps(event)}")
 
 
-def _diff(a: Path, b: Path | None, console: Console) -> int:
+def _cells(row: dict[str, Any], extras: list[str], epochs: str) -> list[str]:
+    return [
+        f"{row['samples']:,}",
+        f"{row['target']:,.3f}",
+        f"{row['error']:+.3f}",
+        format_count(row["tokens"]),
+        f"{row['share']:.2%}",
+        epochs,
+        *(format_count(row[key]) if row[key] else "" for key in extras),
+    ]
+
+
+def _diff(a: Path, b: Path | None, as_json: bool, console: Console) -> int:
     if b is None:
         folders = checkpoint_folders(a)
         if len(folders) < 2:
             raise CheckpointError(f"{a}: has {len(folders)} checkpoints; diff needs two, or a second path")
         a, b = folders[-2], folders[-1]
     one, other = read_ledger(a), read_ledger(b)
-    console.print(f"A {a}: {one.consumed_samples:,} samples, order {one.order_hash}")
-    console.print(f"B {b}: {other.consumed_samples:,} samples, order {other.order_hash}")
-    rows_a, rows_b = _by_key(one), _by_key(other)
-    table = new_table("", "stage", "source", "samples A", "samples B", "B − A", "tokens B − A", "epochs A", "epochs B")
-    for key in sorted({*rows_a, *rows_b}, key=lambda key: (_position(key[0], one, other), key[1])):
-        row_a, row_b = rows_a.get(key, _NONE), rows_b.get(key, _NONE)
-        table.add_row(
-            *key,
-            f"{row_a['samples']:,}",
-            f"{row_b['samples']:,}",
-            f"{row_b['samples'] - row_a['samples']:+,}",
-            f"{row_b['tokens'] - row_a['tokens']:+,}",
-            f"{row_a['epochs']:.4f}",
-            f"{row_b['epochs']:.4f}",
-        )
-    console.print(table)
-    same = one.consumed_samples == other.consumed_samples and one.order == other.order
-    console.print("the same samples in the same order" if same else "not the same samples in the same order")
+    same, found, parted = same_samples(one, other), differences(one, other), parting(one, other)
+    rows = _side_by_side(one, other)
+    if as_json:
+        sides = {
+            key: {"path": str(path), "consumed_samples": ledger.consumed_samples, "order": ledger.order_hash}
+            for key, path, ledger in (("a", a, one), ("b", b, other))
+        }
+        record = {"same": same, **sides, "differences": [difference.to_json() for difference in found]}
+        print(json.dumps(record | {"parting": parted.to_json(), "rows": rows}, indent=2))
+    else:
+        console.print(f"A {a}: {one.consumed_samples:,} samples, order {one.order_hash}", soft_wrap=True)
+        console.print(f"B {b}: {other.consumed_samples:,} samples, order {other.order_hash}", soft_wrap=True)
+        _show_difference(rows, found, parted, same, console)
     return EXIT_DONE if same else EXIT_CHANGED_PAST
 
 
+def _show_difference(
+    rows: list[dict[str, Any]], found: list[Difference], parted: Parting, same: bool, console: Console
+) -> None:
+    if found:
+        console.print("\nwhat differs, A and B", style="bold")
+    for difference in found:
+        console.print(f"  {difference.words}", soft_wrap=True)
+    table = new_table("", "stage", "source", "samples A", "samples B", "B − A", "tokens B − A", "epochs A", "epochs B")
+    for row in rows:
+        table.add_row(
+            row["training_stage"],
+            row["source"],
+            f"{row['samples_a']:,}",
+            f"{row['samples_b']:,}",
+            f"{row['samples_b'] - row['samples_a']:+,}",
+            f"{row['tokens_b'] - row['tokens_a']:+,}",
+            f"{row['epochs_a']:.4f}",
+            f"{row['epochs_b']:.4f}",
+        )
+    console.print(table)
+    where = f"they part at sample {parted.sample:,}: {parted.reason}" if parted.sample is not None else parted.reason
+    console.print(where, soft_wrap=True)
+    console.print("the same samples in the same order" if same else "not the same samples in the same order")
+
+
 _NONE: dict[str, Any] = {"samples": 0, "tokens": 0, "epochs": 0.0}
+
+
+def _side_by_side(one: Ledger, other: Ledger) -> list[dict[str, Any]]:
+    """Samples, tokens and epochs of both by stage and source."""
+    rows_a, rows_b = _by_key(one), _by_key(other)
+    result = []
+    for key in sorted({*rows_a, *rows_b}, key=lambda key: (_position(key[0], one, other), key[1])):
+        row_a, row_b = rows_a.get(key, _NONE), rows_b.get(key, _NONE)
+        row: dict[str, Any] = {"training_stage": key[0], "source": key[1]}
+        for what in _NONE:
+            row |= {f"{what}_a": row_a[what], f"{what}_b": row_b[what]}
+        result.append(row)
+    return result
 
 
 def _by_key(ledger: Ledger) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["training_stage"], row["source"]): row for row in ledger_rows(ledger)}
 
 
-def _position(name: str, one: Ledger, other: Ledger) -> int:
-    names = [stage.name for stage in one.stages] + [stage.name for stage in other.stages]
+def _position(name: str, *ledgers: Ledger) -> int:
+    names = [stage.name for ledger in ledgers for stage in ledger.stages]
     return names.index(name)

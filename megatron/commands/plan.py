@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from megatron.commands.frame import config_arguments, load_from
-from megatron.commands.tables import console_for_tables, new_table
+from megatron.commands.tables import clipped, console_for_tables, in_chunks, new_table
 from megatron.config.load import json_schema
 from megatron.config.quantities import format_count
+from megatron.config.schema import RunConfig
 from megatron.planner.ledger_files import read_ledger
-from megatron.planner.plan import plan_of
-from megatron.planner.resolve import resolve_run
+from megatron.planner.plan import plan_of, shapes_words
+from megatron.planner.plan_warnings import warnings_of
+from megatron.planner.resolve import ResolvedRun, resolve_run
+from megatron.planner.terminal_chart import terminal_chart
 
 EPILOG = """\
 example:
   stagemix plan examples/minimal.toml
   stagemix plan CONFIG --set stages.cooldown.tokens=5M --json > plan.json
+  stagemix plan CONFIG --html plan.html      # one file for a browser or a mail: charts, tables, warnings
+  stagemix plan CONFIG --png plan.png        # for slides; needs: pip install 'stagemix[plot]'
   stagemix plan CONFIG --ledger runs/mine    # would this edited config resume that run?
 
+The drawing shows the share of each source over tokens: one column is a slice of one training stage, a rule stands
+where a stage ends, and the learning rate is beneath. Colours by group; without colour (NO_COLOR, a pipe) letters.
+
 Sources whose files are not there yet can be planned with: sources.NAME.tokens = "503B" and no data.
+
+--json prints one object: "steps", "samples", "tokens", "stages" (with "asked_tokens", "lr_before" and "lr_start" at
+its beginning, "lr_first" and "lr_last" of its steps, "sources", and "groups" with "error" at its end and "error_below"
+after any sample), "sources" (each with "tokens_by_stage", "epochs_after" each stage, "passes" of 1, 2 and 4 epochs,
+"dry_at", "never_seen", "left_to_cap" and "unused" tokens), "groups", and "warnings" (each with "gravity", "kind" and
+"text", and "exit_code" where train would refuse).
 """
 
 
@@ -31,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the plan as one self-contained page")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw mixture, rate and epochs as a picture")
+    parser.add_argument("--detail", action="store_true", help="also every weight, count and target by stage and source")
+    parser.add_argument(
+        "--width", type=int, metavar="COLUMNS", help="default the terminal's; in a file or pipe 80, tables wider"
+    )
     parser.add_argument(
         "--allow-lr-change", action="store_true", help="with --ledger: permit another learning rate in a begun stage"
     )
@@ -49,87 +72,247 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     parser = argparse.ArgumentParser(
         prog="stagemix plan",
-        description="Shows, for each training stage and source, tokens, epochs and shortfall, and the learning rate at "
-        "each boundary. `stagemix plan --schema` prints the JSON Schema of config files.",
+        description="Draws the mixture over tokens and shows, for each training stage and source, tokens, epochs and "
+        "what is left, the learning rate at each boundary, and warnings. `stagemix plan --schema` prints the JSON "
+        "Schema of config files.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
+    if args.width is not None and args.width < 40:
+        parser.error(f"--width {args.width}: the drawing needs at least 40 columns")
     config = load_from(args)
     ledger = read_ledger(args.ledger) if args.ledger else None
-    plan = plan_of(resolve_run(config, ledger=ledger, allow_lr_change=args.allow_lr_change))
+    run = resolve_run(config, ledger=ledger, allow_lr_change=args.allow_lr_change)
+    plan = plan_of(run, config.stages, config.train.tokens)
+    plan["warnings"] = warnings_of(plan, config.tokenizer.path, config.parallel, _has_sentinels(config, plan))
+    written = _draw(args, config.run.name, run, plan)
     if args.json:
         print(json.dumps(plan, indent=2))
         return 0
-    _show(config.run.name, plan, console_for_tables())
+    _show(config.run.name, run, plan, console_for_tables(args.width), args)
+    for path in written:
+        print(f"{path}: {format_count(path.stat().st_size)}B")
     return 0
 
 
-def _show(name: str, plan: dict[str, Any], console: Console) -> None:
+def _has_sentinels(config: RunConfig, plan: dict[str, Any]) -> bool:
+    """Whether the tokenizer serves a plan with fill-in-the-middle. It is loaded for nothing else: a plan needs none."""
+    path = config.tokenizer.path
+    if not any(stage["fim"] for stage in plan["stages"]) or not (path == "bytes" or Path(path).exists()):
+        return True
+    from megatron.data.fim import sentinels_of
+    from megatron.tokenizers.load import load_tokenizer
+
+    return sentinels_of(load_tokenizer(path), config.tokenizer.fim) is not None
+
+
+def _draw(args: argparse.Namespace, name: str, run: ResolvedRun, plan: dict[str, Any]) -> list[Path]:
+    """Writes the files that were asked for. Their modules are imported only then: plan stays quick without."""
+    written: list[Path] = []
+    if args.html is not None:
+        from megatron.planner.plan_page import write_page
+
+        written.append(write_page(args.html, name, run, plan))
+    if args.png is not None:
+        from megatron.planner.plan_picture import write_picture
+
+        written.append(write_picture(args.png, name, run, plan))
+    return written
+
+
+def _show(name: str, run: ResolvedRun, plan: dict[str, Any], console: Console, args: argparse.Namespace) -> None:
     total = f"{plan['steps']:,} steps, {plan['samples']:,} samples, {format_count(plan['tokens'])} tokens"
-    console.print(f"[bold]{name}[/bold]: {len(plan['stages'])} training stages, {total}\n")
+    noun = "training stage" if len(plan["stages"]) == 1 else "training stages"
+    console.print(f"{name}: {len(plan['stages'])} {noun}, {total}\n", style="bold")
+    colour = console.color_system is not None and not console.no_color
+    width = args.width or (min(console.width, 120) if sys.stdout.isatty() else 80)
+    ascii_only = console.options.ascii_only
+    for line in terminal_chart(run.schedule, run.lr, width, colour=colour, ascii_only=ascii_only):
+        console.print(line)
+    console.print()
+    _show_stages(plan, console)
+    _show_tokens(plan, console)
+    _show_repetition(plan, console)
+    _show_what_is_left(plan, console)
+    if args.detail:
+        _show_detail(plan, console)
+    _show_warnings(plan, console)
+
+
+def _show_stages(plan: dict[str, Any], console: Console) -> None:
+    table = new_table("Training stages", "stage", "from token", "tokens", "asked", "steps", "batch x length")
+    for stage in plan["stages"]:
+        asked = stage.get("asked_tokens")
+        more = stage["tokens"] - asked if asked is not None else 0
+        table.add_row(
+            stage["name"],
+            format_count(stage["start_token"]),
+            format_count(stage["tokens"]),
+            "" if not more else f"{'−' if more < 0 else '+'}{format_count(abs(more))}",
+            f"{stage['steps']:,}",
+            shapes_words(stage),
+        )
+    console.print(table)
+    if any(stage.get("asked_tokens") not in (None, stage["tokens"]) for stage in plan["stages"]):
+        console.print("  asked: what whole batches add to (+) or leave out of (−) the length asked for\n")
+    for stage in plan["stages"]:
+        if len(stage["shapes"]) > 1:
+            console.print(f"  {stage['name']}: batch x length {_shapes_in_full(stage)}\n", soft_wrap=True)
+    table = new_table("Learning rate at each boundary", "stage", "before", "after", "at its end", "jump")
+    for stage in plan["stages"]:
+        before, after = stage["lr_before"], stage["lr_start"]
+        jumps = before is not None and abs(before - after) > 0.01 * max(before, after)
+        table.add_row(
+            stage["name"],
+            "" if before is None else f"{before:.3g}",
+            f"{after:.3g}",
+            f"{stage['lr_last']:.3g}",
+            f"x {after / before:.3g}" if jumps and before else "from 0" if jumps else "",
+        )
+    console.print(table)
+
+
+def _shapes_in_full(stage: dict[str, Any]) -> str:
+    """Every batch x length of a stage with the token of the run from which it holds; of many the first and last few."""
+    words, token = [], stage["start_token"]
+    for start, end, length, batch in stage["shapes"]:
+        words.append(f"{batch} x {length} from token {format_count(token)}")
+        token += (end - start) * length
+    shown = words if len(words) <= 7 else [*words[:4], f"… {len(words) - 6} more …", *words[-2:]]
+    return ", ".join(shown)
+
+
+def _in_groups(plan: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Sources by group, groups and sources with the most tokens first."""
+    size = {row["group"]: row["tokens"] for row in plan["groups"]}
+    rows = sorted(plan["sources"], key=lambda row: (-size[row["group"]], row["group"], -row["tokens"], row["source"]))
+    return [(group, list(members)) for group, members in groupby(rows, key=lambda row: str(row["group"]))]
+
+
+def _show_tokens(plan: dict[str, Any], console: Console) -> None:
+    names = [stage["name"] for stage in plan["stages"]]
+    totals = [stage["tokens"] for stage in plan["stages"]]
+    subtotals = {row["group"]: row for row in plan["groups"]}
+    for part in in_chunks(names, 10, 40, console.width):
+        last = part.stop == len(names)
+        title = "Tokens by source and training stage" if part.start == 0 else "Tokens, further stages"
+        table = new_table(
+            title, "source", *(clipped(names[i], 10) for i in part), *(["in all", "share"] if last else [])
+        )
+        for group, members in _in_groups(plan):
+            if [row["source"] for row in members] != [group]:
+                table.add_row(
+                    clipped(group, 24), *_token_cells(subtotals[group], part, totals, plan, last), style="bold"
+                )
+            for row in members:
+                name = row["source"] if row["source"] == group and len(members) == 1 else f"  {row['source']}"
+                table.add_row(clipped(name, 24), *_token_cells(row, part, totals, plan, last))
+        console.print(table)
+    bounds: dict[str, int] = {}
+    for stage in plan["stages"]:
+        for row in stage["groups"]:
+            bounds[row["group"]] = max(bounds.get(row["group"], 0), row["error_below"])
+    wide = [f"{group} {bound}" for group, bound in sorted(bounds.items()) if bound > 1]
+    console.print("  after every sample each source is less than 1 sample from its target (law M1)")
+    if wide:
+        console.print(f"  groups, as sums of their sources, less than so many samples: {', '.join(wide)}")
+    console.print()
+
+
+def _token_cells(
+    row: dict[str, Any], part: range, totals: Sequence[int], plan: dict[str, Any], last: bool
+) -> list[str]:
+    cells = []
+    for number in part:
+        tokens = row["tokens_by_stage"][number]
+        cells.append(f"{format_count(tokens)} {_percent(tokens / totals[number]):>4}" if tokens else "·")
+    return [*cells, format_count(row["tokens"]), _percent(row["tokens"] / plan["tokens"])] if last else cells
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.005:
+        return "<1%" if share >= 0.0005 else "<.1%"
+    return f"{share:.0%}"
+
+
+def _show_repetition(plan: dict[str, Any], console: Console) -> None:
+    names = [stage["name"] for stage in plan["stages"]]
+    rows = [row for _, members in _in_groups(plan) for row in members if row["tokens"]]
+    for part in in_chunks(names, 9, 36, console.width):
+        title = "Epochs by the end of each stage" if part.start == 0 else "Epochs, further stages"
+        table = new_table(title, "source", "one epoch", *(clipped(names[i], 9) for i in part))
+        for row in rows:
+            cells = [f"{row['epochs_after'][i]:.2f}{_passed(row, names[i])}" for i in part]
+            table.add_row(clipped(row["source"], 22), format_count(row["epoch_tokens"]), *cells)
+        console.print(table)
+    passes = [(row["source"], mark) for row in rows for mark in row["passes"]]
+    if passes:
+        table = new_table("Where sources begin to repeat", "source", "passes", "token", "step", "stage")
+        for name, mark in sorted(passes, key=lambda item: (item[1]["token"], item[0], item[1]["epochs"])):
+            words = f"{mark['epochs']} epoch" + ("s" if mark["epochs"] > 1 else "")
+            style = "yellow" if mark["epochs"] > 1 else None
+            table.add_row(
+                clipped(name, 24),
+                words,
+                format_count(mark["token"]),
+                f"{mark['step']:,}",
+                mark["stage"],
+                style="bold red" if mark["epochs"] >= 4 else style,
+            )
+        console.print(table)
+
+
+def _passed(row: dict[str, Any], stage: str) -> str:
+    """What is written behind the epochs of a stage in which a source passes 1, 2 or 4 of them."""
+    passed = [mark["epochs"] for mark in row["passes"] if mark["stage"] == stage]
+    return f" >{max(passed)}" if passed else "   "
+
+
+def _show_what_is_left(plan: dict[str, Any], console: Console) -> None:
+    table = new_table("What is left", "source", "never seen", "to its cap", "cap", "when dry", "dry at")
+    for _, members in _in_groups(plan):
+        for row in members:
+            dry = row.get("dry_at")
+            table.add_row(
+                clipped(row["source"], 24),
+                format_count(row["never_seen"]) if row["never_seen"] else "",
+                format_count(row["left_to_cap"]) if row["left_to_cap"] else "",
+                f"{row['max_epochs']:g}",
+                row["dry"],
+                f"{format_count(dry['token'])}, step {dry['step']:,}" if dry else "",
+            )
+    console.print(table)
+
+
+def _show_detail(plan: dict[str, Any], console: Console) -> None:
     table = new_table(
-        "Training stages", "stage", "source", "weight", "samples", "tokens", "share", "epochs", "after it", "short by"
+        "Weights, samples and epochs", "stage", "source", "weight", "samples", "target", "share", "epochs", "short by"
     )
     for stage in plan["stages"]:
         for index, row in enumerate(stage["sources"]):
+            first, last = row["weight_first"], row["weight_last"]
             table.add_row(
-                stage["name"] if index == 0 else "",
-                row["source"] if row["source"] == row["group"] else f"{row['source']} ({row['group']})",
-                _weight(row),
+                clipped(stage["name"], 12) if index == 0 else "",
+                row["source"],
+                f"{first:.4g}" if first == last else f"{first:.4g} → {last:.4g}",
                 f"{row['samples']:,}",
-                format_count(row["tokens"]),
+                f"{row['target']:,.2f}",
                 f"{row['share']:.2%}",
                 f"{row['epochs']:.3f}",
-                f"{row['epochs_after']:.3f}",
                 format_count(row["shortfall"]) if row["shortfall"] else "",
             )
         table.add_section()
     console.print(table)
-    _show_stages(plan, console)
-    _show_sources(plan, console)
 
 
-def _weight(row: dict[str, Any]) -> str:
-    first, last = row["weight_first"], row["weight_last"]
-    return f"{first:.4g}" if first == last else f"{first:.4g} → {last:.4g}"
-
-
-def _show_stages(plan: dict[str, Any], console: Console) -> None:
-    table = new_table(
-        "Learning rate and length", "stage", "from token", "steps", "batch x length", "first rate", "last rate"
-    )
-    for stage in plan["stages"]:
-        table.add_row(
-            stage["name"],
-            format_count(stage["start_token"]),
-            f"{stage['steps']:,}",
-            f"{stage['global_batch_size']} x {stage['seq_length']}",
-            f"{stage['lr_first']:.3g}",
-            f"{stage['lr_last']:.3g}",
-        )
-    console.print(table)
-    for stage in plan["stages"]:
-        for note in [
-            *stage["notes"],
-            *(["every source starts from its beginning"] if stage["cursor"] == "restart" else []),
-        ]:
-            console.print(f"  {stage['name']}: {note}")
-
-
-def _show_sources(plan: dict[str, Any], console: Console) -> None:
-    table = new_table(
-        "Sources over the whole run", "source", "one epoch", "trained on", "epochs", "cap", "when dry", "unused"
-    )
-    for row in plan["sources"]:
-        table.add_row(
-            row["source"] + (" (planned by size)" if row["planned_only"] else ""),
-            format_count(row["epoch_tokens"]),
-            format_count(row["tokens"]),
-            f"{row['epochs']:.3f}",
-            f"{row['max_epochs']:g}",
-            row["dry"],
-            format_count(row["unused"]) if row["unused"] else "",
-        )
-    console.print(table)
+def _show_warnings(plan: dict[str, Any], console: Console) -> None:
+    warnings = plan["warnings"]
+    if not warnings:
+        console.print("No warnings.")
+        return
+    console.print("Warnings, the gravest first", style="bold")
+    for row in warnings:
+        mark, style = {"high": ("!!", "bold red"), "medium": ("! ", "yellow"), "low": ("  ", "")}[row["gravity"]]
+        console.print(f"{mark} {row['text']}", style=style, soft_wrap=not sys.stdout.isatty())

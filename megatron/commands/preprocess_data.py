@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from megatron.config.quantities import format_count
-from megatron.data.corpus import ReadOptions, corpus_bytes
-from megatron.data.preprocess import Progress, preprocess
+from megatron.commands.preprocess_progress import print_summary, shown
+from megatron.corpora.cleaning_arguments import add_cleaning_arguments, cleaning_options
+from megatron.corpora.read_options import ReadOptions
+from megatron.preprocessing.options import PreprocessOptions, Shard
+from megatron.preprocessing.run import preprocess
 
 _EPILOG = """\
 example:
   stagemix preprocess_data --input corpora/code.jsonl --output-prefix data/code --tokenizer data/tokenizer.model
 
-An input is a .jsonl file (one JSON object a line, its text in the field "text"), a .jsonl.gz file, a text file (one
-document), or a folder, of which every file is read (--suffix takes only some). Give several inputs to have them one
+An input is a file, a folder (every file below it is read) or a glob in quotes: JSON lines (one object a line, its text
+in the field "text"), parquet, plain text and source code; .gz and .zst of them. Give several inputs to have them one
 after another. The result is P.bin (token ids), P.idx (where documents lie; Megatron's format) and P.json (counts,
-checksums, tokenizer). They appear together when all is done: an interrupted run publishes nothing.
+checksums, tokenizer), which appear together when all is done. Name P under [sources.NAME] data = ["P"] in a config.
 
-Name P under [sources.NAME] data = ["P"] in a run's config.
+The work is kept in parts in the folder P.parts. A run that was stopped, was killed, or ran out of memory or disk goes
+on when the same command is run again, and the files are the same to the byte.
+
+On several nodes, as a SLURM array (#SBATCH --array=1-32), each task makes one shard:
+  stagemix preprocess_data … --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_MAX
+and when all are done, one command publishes:
+  stagemix merge_data --output-prefix P
 """
 
 
@@ -36,61 +40,126 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, type=Path, metavar="PATH", help="files or folders to read")
-    parser.add_argument("--output-prefix", required=True, type=Path, metavar="P", help="writes P.bin, P.idx and P.json")
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="T", help='SentencePiece .model, tokenizer.json, or the word "bytes"'
-    )
-    parser.add_argument(
-        "--workers", type=int, default=None, metavar="N", help="worker processes (default: the cores of this machine)"
-    )
-    parser.add_argument("--text-field", default="text", metavar="F", help="JSON field with the text (default: text)")
-    parser.add_argument("--id-field", default="id", metavar="F", help="JSON field with the document's id (default: id)")
-    parser.add_argument(
-        "--suffix", action="append", default=[], metavar="S", help="in folders, only files that end in S, such as .py"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace P.bin, P.idx and P.json if they exist")
+    add = parser.add_argument
+    add("--input", nargs="+", default=[], type=Path, metavar="PATH", help="files, folders or globs to read")
+    add("--files-from", type=str, metavar="FILE", help="a list of inputs, one path a line; - is standard input")
+    add("--output-prefix", required=True, type=Path, metavar="P", help="writes P.bin, P.idx and P.json")
+    add("--tokenizer", required=True, metavar="T", help='.model, tokenizer.json, .tiktoken, or the word "bytes"')
+    add("--workers", type=int, metavar="N", help="worker processes (default: the cores of this machine)")
+    add("--overwrite", action="store_true", help="replace P.bin, P.idx and P.json if they exist")
+    _add_reading(parser)
+    _add_work(parser)
+    add_cleaning_arguments(parser)
     return parser
 
 
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reading")
+    add = group.add_argument
+    add("--text-field", default="text", metavar="F", help="JSON field or column with the text (default: text)")
+    add("--id-field", default="id", metavar="F", help="field with the document's id (default: id)")
+    add("--language-field", default="", metavar="F", help="field with the language, for counts and --language")
+    add("--source-field", default="", metavar="F", help="field with the source, for counts in the manifest")
+    add("--licence-field", default="", metavar="F", help="field with the SPDX licence, for --licence")
+    add("--suffix", action="append", default=[], metavar="S", help="in folders, only files that end in S, such as .py")
+    add("--language", action="append", default=[], metavar="L", help="keep only documents in L, such as Python")
+    add("--licence", action="append", default=[], metavar="L", help="keep only documents under L, such as MIT")
+    add("--min-file-bytes", type=int, default=0, metavar="N", help="pass over smaller text and code files")
+    add("--max-file-bytes", type=int, metavar="N", help="pass over larger text and code files")
+    add("--no-gitignore", action="store_true", help="read also what .gitignore files name")
+    add("--git", action="store_true", help="read repositories at HEAD, tracked files only")
+    add(
+        "--text-documents",
+        choices=("file", "line", "blank-line"),
+        default="file",
+        help="what a document of a text file is: the file, a line, or what blank lines part (default: file)",
+    )
+    add(
+        "--max-document-bytes",
+        type=int,
+        default=ReadOptions().max_document_bytes,
+        metavar="N",
+        help="longer ones are bad records (default: 64 MiB)",
+    )
+    add(
+        "--on-error",
+        choices=("fail", "quarantine"),
+        default="fail",
+        help="at a bad record: end with its file and line, or write it to P.quarantine.jsonl (default: fail)",
+    )
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("work")
+    add = group.add_argument
+    add("--shard", metavar="I/N", help="make the I-th of N shards (I from 1) and publish nothing; see below")
+    add("--restart", action="store_true", help="throw away the parts of an earlier run")
+    add("--keep-parts", action="store_true", help="leave P.parts when the dataset is published")
+    add(
+        "--encoder",
+        choices=("auto", "fast", "reference"),
+        default="auto",
+        help="auto: the fast library where it is proved equal to the tokenizer, and the tokenizer itself otherwise; "
+        "samples of every part are encoded by both in any case (default: auto)",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 when the dataset is published."""
-    args = build_parser().parse_args(argv)
-    options = ReadOptions(args.text_field, args.id_field, tuple(args.suffix))
+    """Run the command; 0 when the dataset is published, or the shard complete."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.input and args.files_from is None:
+        parser.error("give --input or --files-from")
+    shard = None if args.shard is None else Shard.parse(args.shard)
+    options = PreprocessOptions(_reading(args), cleaning_options(args), args.encoder, args.on_error)
     began = time.perf_counter()
-    with tqdm(
-        total=corpus_bytes(args.input, options), unit="B", unit_scale=True, desc="preprocess", file=sys.stderr
-    ) as bar:
-
-        def show(now: Progress) -> None:
-            bar.set_postfix_str(f"{format_count(now.documents)} documents, {format_count(now.tokens)} tokens", False)
-            bar.update(now.bytes_read - bar.n)
-
-        manifest = preprocess(
+    with shown() as show:
+        outcome = preprocess(
             args.input,
             args.output_prefix,
             args.tokenizer,
+            files_from=args.files_from,
             workers=_cores() if args.workers is None else args.workers,
             options=options,
+            shard=shard,
             overwrite=args.overwrite,
+            restart=args.restart,
+            keep_parts=args.keep_parts,
             progress=show,
         )
-        bar.update(bar.total - bar.n)
-    _print_summary(args.output_prefix, manifest, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    for note in outcome.notes:
+        print(f"  the fast encoder is not used: {note}")
+    if outcome.manifest is not None:
+        print_summary(args.output_prefix, outcome.manifest, seconds, outcome.peak_memory)
+    else:
+        print(
+            f"{args.output_prefix}.parts: shard {shard} is complete: {outcome.parts_made} parts made, "
+            f"{outcome.parts_kept} kept, {seconds:.1f} s\nwhen all shards are: stagemix merge_data --output-prefix "
+            f"{args.output_prefix}"
+        )
     return 0
+
+
+def _reading(args: argparse.Namespace) -> ReadOptions:
+    return ReadOptions(
+        text_field=args.text_field,
+        id_field=args.id_field,
+        language_field=args.language_field,
+        source_field=args.source_field,
+        licence_field=args.licence_field,
+        suffixes=tuple(args.suffix),
+        languages=tuple(args.language),
+        licences=tuple(args.licence),
+        min_file_bytes=args.min_file_bytes,
+        max_file_bytes=args.max_file_bytes,
+        gitignore=not args.no_gitignore,
+        git=args.git,
+        text_documents=args.text_documents,
+        max_document_bytes=args.max_document_bytes,
+    )
 
 
 def _cores() -> int:
     """Cores that this process may use; not every system has affinities."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _print_summary(prefix: Path, manifest: dict[str, Any], seconds: float) -> None:
-    text_bytes = manifest["bytes_of_text"]
-    print(
-        f"{prefix}.bin/.idx: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({manifest['dtype']}), "
-        f"{text_bytes / 1e6:.1f} MB of text, {manifest['bytes_per_token']:.2f} bytes a token, "
-        f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s"
-    )
-    for reason, count in manifest["skipped"].items():
-        print(f"  skipped: {reason}: {count:,}")

@@ -125,7 +125,7 @@ def _planned(
         {
             "name": stage.name,
             "start_token": stage.start_token,
-            "tokens": stage.planned_samples * stage.seq_length,
+            "tokens": stage.stage_shapes.tokens_at(stage.planned_samples),
             "samples": stage.planned_samples,
             "weights": stage.weights,
         }

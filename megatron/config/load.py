@@ -82,9 +82,9 @@ def config_to_toml(config: RunConfig) -> str:
     tables = config.model_dump(mode="python", exclude_none=True)
     lines: list[str] = []
     for name, table in tables.items():
-        if name == "stages":
+        if isinstance(table, list):
             for stage in table:
-                _write_table("[[stages]]", stage, lines)
+                _write_table(f"[[{name}]]", stage, lines)
         elif name == "sources":
             for source, keys in table.items():
                 _write_table(f"[sources.{_toml_key(source)}]", keys, lines)

@@ -21,11 +21,6 @@ class Quantity:
     amount: Decimal
     unit: Unit
 
-    def in_tokens(self, *, tokens_per_step: int, seq_length: int, stage_tokens: int) -> Decimal:
-        """The amount as tokens, given the shape of the training stage that it is said in."""
-        scale = {"tokens": 1, "steps": tokens_per_step, "samples": seq_length, "share": stage_tokens}
-        return self.amount * scale[self.unit]
-
 
 def parse_count(value: object) -> int:
     """A whole number from an int or from words such as "100B" or "2.5M". Raises ValueError otherwise."""

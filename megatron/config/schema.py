@@ -44,7 +44,10 @@ class RunSection(Section):
 class TokenizerSection(Section):
     """Which tokenizer the indexed data were made with."""
 
-    path: str = Field(description="SentencePiece tokenizer.model, or Hugging Face tokenizer.json")
+    path: str = Field(description="SentencePiece tokenizer.model, Hugging Face tokenizer.json, or a tiktoken file")
+    fim: tuple[str, str, str] | None = Field(
+        None, description="special tokens for prefix, middle and suffix, where they are not of a known family"
+    )
 
 
 class ModelSection(Section):
@@ -84,6 +87,7 @@ class SourceSection(Section):
     slice: tuple[Share, Share] = Field((Decimal(0), Decimal(1)), description="share of its documents, by position")
     piece_tokens: int | None = Field(None, ge=1, description="longer documents are cut; default 8 x model.seq_length")
     allow_overlap: bool = Field(False, description="permits documents that another source also holds")
+    fim: FimSection | None = Field(None, description="fill-in-the-middle; the tokenizer needs its three sentinels")
 
     @model_validator(mode="after")
     def _check(self) -> SourceSection:
@@ -99,6 +103,7 @@ class DataSection(Section):
 
     cache: str | None = Field(None, description="folder for epoch indexes; default OUTPUT/../index-cache")
     prefetch: int = Field(4, ge=0, description="global batches prepared ahead of the step, 0 for none")
+    workers: int = Field(1, ge=1, description="threads that read batches; the order is the same for any number")
 
 
 class ValidationSection(Section):
@@ -142,11 +147,45 @@ class LRSection(Section):
     horizon: Words | None = Field(None, description="where final is reached; default: the stage's own length")
 
 
+class FimSection(Section):
+    """Fill-in-the-middle: documents are cut in three and the middle comes last, drawn anew each epoch."""
+
+    rate: Share = Field(description="share of the documents' parts that are rearranged")
+    spm: Share = Field(Decimal("0.5"), description="of those, the share with the suffix first; others: prefix first")
+
+
 class PhaseSection(Section):
     """One step of a stepwise mixture."""
 
     share: Annotated[Decimal, Field(gt=0, le=1)] | None = Field(None, description="of the stage; default equal parts")
     mixture: Mixture
+    ramp_to: Mixture | None = Field(None, description="mixture at the phase's end, linear from mixture")
+
+
+class BlendSection(Section):
+    """One part of a blend: the mixture of another stage or template, or one of its own."""
+
+    weight: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] = Field(description="share of the blend")
+    like: str | None = Field(None, description="name of an earlier stage or of a template")
+    mixture: Mixture | None = None
+
+
+class ShapeSection(Section):
+    """A part of a training stage with a sequence length and a batch of its own."""
+
+    length: Words | None = Field(
+        None, description='tokens, "500 steps", "9000 samples" or "10%" of the stage; the last part takes what is left'
+    )
+    seq_length: int | None = Field(None, ge=1, description="default the stage's")
+    global_batch_size: int | None = Field(None, ge=1, description="default the stage's")
+
+
+class BatchRampSection(Section):
+    """The batch grows by equal steps to the stage's global_batch_size, as Megatron's --rampup-batch-size."""
+
+    start: int = Field(ge=1, description="sequences in the first step")
+    increment: int = Field(ge=1, description="sequences added at each step of the ramp")
+    over: Words = Field(description='tokens, "500 steps", "9000 samples" or "10%" of the stage, shared out equally')
 
 
 class EpochsSection(Section):
@@ -183,6 +222,12 @@ class StageSection(Section):
         default_factory=dict, description="by group: weights of its sources among themselves, instead of by size"
     )
     phases: list[PhaseSection] | None = Field(None, description="a stepwise mixture instead of mixture")
+    like: str | None = Field(None, description="the mixture of an earlier stage or of a template, instead of mixture")
+    reverse: str | None = Field(None, description="the mixture of such a stage in reversed time, instead of mixture")
+    aggregate_of: list[str] | None = Field(
+        None, description="one constant mixture with the same totals as these stages or templates, instead of mixture"
+    )
+    blend: list[BlendSection] | None = Field(None, description="several mixtures in shares, instead of mixture")
     ramp_to: Mixture | None = Field(None, description="mixture at the stage's end, linear from mixture")
     strict: bool = Field(False, description="refuse weights that do not sum to 1")
     cursor: Literal["continue", "restart"] = Field("continue", description="restart: every source from its beginning")
@@ -190,6 +235,11 @@ class StageSection(Section):
     take: TakeSection = TakeSection()
     seq_length: int | None = Field(None, ge=1, description="default model.seq_length")
     global_batch_size: int | None = Field(None, ge=1, description="default train.global_batch_size")
+    shapes: list[ShapeSection] | None = Field(None, description="sequence length and batch that change within it")
+    batch_ramp: BatchRampSection | None = Field(None, description="a growing batch at the stage's start")
+    fim: dict[str, Share] = Field(
+        default_factory=dict, description="fill-in-the-middle rates of this stage by source or group, instead of theirs"
+    )
 
 
 class ParallelSection(Section):
@@ -232,14 +282,18 @@ class RunConfig(Section):
     train: TrainSection
     optimizer: OptimizerSection = OptimizerSection()
     stages: Annotated[list[StageSection], Field(min_length=1)]
+    templates: list[StageSection] = Field(
+        default_factory=list,
+        description="stages that are never trained, for like, reverse, aggregate_of and blend",
+    )
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        names = [stage.name for stage in self.stages]
+        names = [stage.name for stage in [*self.templates, *self.stages]]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"stages: the name {twice[0]!r} is used twice; give each training stage its own name")
+            raise ValueError(f"stages: the name {twice[0]!r} is used twice; give each stage and template its own name")
         return self

@@ -7,7 +7,6 @@ not on the source's name, its place on disk, the mixture, or how long the run is
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import cached_property
@@ -23,6 +22,7 @@ from megatron.config.errors import DataError
 from megatron.data.index_cache import IndexKey, open_or_build
 from megatron.data.permutation import Integers, Words, derive_key
 from megatron.data.piece_table import STRIDE, EpochOrder, PieceTable, make_epoch_order
+from megatron.data.processors import processors
 from megatron.data.source_files import Share, SourceFiles, TokenFile
 
 _OPEN_EPOCHS = 4
@@ -63,7 +63,7 @@ class SourceOrder:
         self.seed = seed
         self.piece_tokens = piece_tokens
         self._cache_dir = cache_dir
-        self._threads = threads or _processors()
+        self._threads = threads or processors()
         self._lock = Lock()
         self._open: dict[int, EpochOrder] = {}
         self._building: dict[int, Future[EpochOrder]] = {}
@@ -221,12 +221,6 @@ class SourceOrder:
         digest = sha256(identity.encode()).hexdigest()
         index = IndexKey(digest, key, table.piece_count, table.epoch_tokens)
         return make_epoch_order(table, epoch, key, open_or_build(self._cache_dir, index, build))
-
-
-def _processors() -> int:
-    """Processors that this process may use, at most 16: past that, building waits for memory."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, allowed)
 
 
 def _reopen(

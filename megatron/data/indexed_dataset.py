@@ -1,31 +1,25 @@
-"""Reading and writing Megatron's indexed datasets (`P.bin`, `P.idx`), with our manifest `P.json` beside them.
+"""Reading Megatron's indexed datasets (`P.bin`, `P.idx`), with our manifest `P.json` beside them.
 
 `indexed_format` has the layout and the checks. Nothing of a file is used before it has been checked.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
-import os
-from array import array
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from threading import Thread
+from threading import enumerate as running_threads
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from megatron.config.errors import ConfigError, DataError
+from megatron.config.errors import DataError
 from megatron.data.indexed_format import (
     CHUNK,
-    CODE_OF_DTYPE,
     HEADER,
-    MAGIC,
-    VERSION,
     check_document_index,
     check_sequences,
     map_bin,
@@ -34,10 +28,17 @@ from megatron.data.indexed_format import (
     read_header,
     refuse,
 )
-from megatron.data.indexed_format import dtype_for_vocab as dtype_for_vocab
+from megatron.data.processors import processors
 
 _ALWAYS_SCANNED_TOKENS = 1 << 28
 _FOREIGN_SUFFIX = "_text_document"
+_WORTH_THREADS = 1 << 17  # sequences; fewer are checked, and hashed, in less time than a thread takes to be of use
+_HASHED_AT_ONCE = 2
+_DIGEST_THREAD = "index-digest"
+
+
+FileArrays = tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64] | None]
+"""Tokens, sizes and pointers of the sequences, and the document index where documents are not one sequence each."""
 
 
 class IndexedDataset:
@@ -59,8 +60,10 @@ class IndexedDataset:
         offset += 8 * sequences
         self._index: NDArray[np.int64] = np.frombuffer(self._index_map, "<i8", document_entries, offset)
         self.document_count: int = document_entries - 1
-        self._one_sequence_each = check_document_index(index_path, self._index, sequences)
-        token_bytes = check_sequences(index_path, self._sizes, self._pointers, self.dtype.itemsize)
+        self._index_digest = _BackgroundDigest(self._index_map)
+        threads = processors() if sequences >= _WORTH_THREADS else 1
+        self._one_sequence_each = check_document_index(index_path, self._index, sequences, threads)
+        token_bytes = check_sequences(index_path, self._sizes, self._pointers, self.dtype.itemsize, threads)
         self.token_count: int = token_bytes // self.dtype.itemsize
         self._bin_map = map_bin(path_of(self.prefix, ".bin"), index_path, token_bytes)
         self._tokens: NDArray[Any] = np.frombuffer(self._bin_map, self.dtype.newbyteorder("<"))
@@ -73,11 +76,11 @@ class IndexedDataset:
     def __len__(self) -> int:
         return self.document_count
 
-    def document_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document, int64 [documents]: a new array at each call (10M documents: ~20 ms, 80 MB)."""
-        if self._one_sequence_each:
-            return self._sizes.astype(np.int64)
-        return np.diff(self.document_starts())
+    def document_lengths(self) -> NDArray[np.int32] | NDArray[np.int64]:
+        """Tokens of each document [documents]: where one sequence is one document, the mapped int32 sizes themselves
+        (read-only, and not aligned); else a new int64 array.
+        """
+        return self._sizes if self._one_sequence_each else np.diff(self.document_starts())
 
     def document_starts(self) -> NDArray[np.int64]:
         """Token offset in `.bin` of each document and of the end, int64 [documents + 1], a new array."""
@@ -105,6 +108,11 @@ class IndexedDataset:
         return self._tokens[first + start : first + stop]
 
     @property
+    def arrays(self) -> FileArrays:
+        """What the extension reads documents from, none of it a copy."""
+        return self._tokens, self._sizes, self._pointers, None if self._one_sequence_each else self._index
+
+    @property
     def fingerprint(self) -> str:
         """Identity of the content (hex sha256), whatever the files are called.
 
@@ -112,7 +120,7 @@ class IndexedDataset:
         `.bin` and 64 samples of 4 KiB spread over it, so that terabytes need not be read.
         """
         if self._fingerprint is None:
-            index_sha256 = hashlib.sha256(self._index_map).hexdigest()
+            index_sha256 = self._index_digest.hexdigest()
             if self.manifest is not None:
                 if index_sha256 != self.manifest["idx_sha256"]:
                     refuse(
@@ -167,180 +175,31 @@ def check_vocab(dataset: IndexedDataset, vocab_size: int) -> None:
         )
 
 
-class IndexedDatasetWriter:
-    """Writes a dataset document by document, and publishes it whole or not at all.
+class _BackgroundDigest:
+    """sha256 of a large mapped file, begun in a thread while the caller checks it; of a small one, when asked for.
 
-    Tokens stream to `P.bin.partial`. `finish()` (or leaving the `with` block without an error) fsyncs and renames
-    `.bin`, the manifest `P.json`, and `.idx` last, so that a reader never sees a part. An error leaves nothing behind.
-    A dataset of that name that exists already is refused unless `overwrite`. One writer a prefix at a time.
+    Hashing is the longest part of opening (10M documents: 0.1 s of one processor). A process that was forked
+    meanwhile, or finds others at work, hashes when asked.
     """
 
-    def __init__(
-        self,
-        prefix: str | Path,
-        dtype: DTypeLike,
-        *,
-        overwrite: bool = False,
-        max_sequence_tokens: int = 2**31 - 1,
-    ) -> None:
-        self.prefix = Path(prefix)
-        self.dtype = np.dtype(dtype)
-        if self.dtype.kind not in "iu" or self.dtype.name not in CODE_OF_DTYPE:
-            raise DataError(f"{prefix}: token ids cannot be stored as {self.dtype.name}: use uint16 or int32")
-        self.token_count = 0
-        self.max_token_id = -1
-        self.manifest_fields: dict[str, Any] = {}
-        self._sizes, self._index = array("i"), array("q", [0])
-        self._max_sequence_tokens = max_sequence_tokens
-        self._digest = hashlib.sha256()
-        self._finished = False
-        refuse_existing(self.prefix, overwrite)
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = path_of(self.prefix, ".bin.partial")
-        self._file = self._partial.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A writer that finished meanwhile has renamed this very file: it is published and must not be truncated.
-            if os.fstat(self._file.fileno()).st_ino != self._partial.stat().st_ino:
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            self._file.close()
-            raise DataError(f"{self._partial}: another process is writing this dataset now") from None
-        self._file.truncate(0)
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content = content
+        self._digest: str | None = None
+        self._thread: Thread | None = None
+        others = sum(thread.name == _DIGEST_THREAD for thread in running_threads())
+        if len(content) > 20 * _WORTH_THREADS and others < _HASHED_AT_ONCE:
+            self._thread = Thread(target=self._run, name=_DIGEST_THREAD, daemon=True)
+            self._thread.start()
 
-    @property
-    def document_count(self) -> int:
-        return len(self._index) - 1
+    def hexdigest(self) -> str:
+        if self._thread is not None:
+            self._thread.join()
+        if self._digest is None:
+            self._digest = hashlib.sha256(self._content).hexdigest()
+        return self._digest
 
-    def add_document(self, ids: NDArray[Any] | Sequence[int]) -> None:
-        """One document, its end-of-document token included. Ids outside the dtype are a DataError."""
-        tokens = np.asarray(ids)
-        self.add_documents(tokens, [len(tokens)])
-
-    def add_documents(self, ids: NDArray[Any], lengths: Sequence[int] | NDArray[Any]) -> None:
-        """Several documents, their ids one after another in one array, and the length of each."""
-        if len(ids):
-            if ids.dtype.kind not in "iu":
-                raise DataError(
-                    f"{self.prefix}: document {self.document_count}: ids are {ids.dtype}, not whole numbers"
-                )
-            low, high, limit = int(ids.min()), int(ids.max()), int(np.iinfo(self.dtype).max)
-            if low < 0 or high > limit:
-                raise DataError(
-                    f"{self.prefix}: documents from {self.document_count} on: token id {low if low < 0 else high} does "
-                    f"not fit 0..{limit} ({self.dtype.name})"
-                )
-            self.max_token_id = max(self.max_token_id, high)
-        if sum(int(length) for length in lengths) != len(ids):
-            raise ValueError("the documents' lengths do not add up to the ids given")
-        content = ids.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
-        self._file.write(content)
-        self._digest.update(content)
-        self.token_count += len(ids)
-        for length in lengths:
-            left = int(length)
-            while left > self._max_sequence_tokens:
-                self._sizes.append(self._max_sequence_tokens)
-                left -= self._max_sequence_tokens
-            self._sizes.append(left)
-            self._index.append(len(self._sizes))
-
-    def finish(self) -> dict[str, Any]:
-        """Publish, and give the manifest. Raises DataError where nothing was added."""
-        if self.token_count == 0:
-            raise DataError(f"{self.prefix}: no tokens were added: an empty dataset is not written")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        index_partial = path_of(self.prefix, ".idx.partial")
-        index_sha256 = self._write_index(index_partial)
-        manifest = {
-            "format": 1,
-            "documents": self.document_count,
-            "tokens": self.token_count,
-            "dtype": self.dtype.name,
-            "bin_sha256": self._digest.hexdigest(),
-            "idx_sha256": index_sha256,
-            "bin_bytes": self.token_count * self.dtype.itemsize,
-            "max_token_id": self.max_token_id,
-            **self.manifest_fields,
-        }
-        manifest_partial = path_of(self.prefix, ".json.partial")
-        with manifest_partial.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            _sync_and_close(file)
-        # The old .idx goes first, so that at no moment an .idx stands beside a .bin that is not its own.
-        path_of(self.prefix, ".idx").unlink(missing_ok=True)
-        os.replace(self._partial, path_of(self.prefix, ".bin"))
-        os.replace(manifest_partial, path_of(self.prefix, ".json"))
-        _sync_folder(self.prefix.parent)
-        os.replace(index_partial, path_of(self.prefix, ".idx"))
-        _sync_folder(self.prefix.parent)
-        self._finished = True
-        self._file.close()
-        return manifest
-
-    def abandon(self) -> None:
-        """Remove what was written so far. Nothing that was published is touched."""
-        self._file.close()
-        if not self._finished:
-            for suffix in (".bin.partial", ".idx.partial", ".json.partial"):
-                path_of(self.prefix, suffix).unlink(missing_ok=True)
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None and not self._finished:
-                self.finish()
-        finally:
-            self.abandon()
-
-    def _write_index(self, path: Path) -> str:
-        sizes = np.frombuffer(self._sizes, np.int32)
-        index = np.frombuffer(self._index, np.int64)
-        digest = hashlib.sha256()
-        with path.open("wb") as file:
-
-            def put(content: bytes) -> None:
-                file.write(content)
-                digest.update(content)
-
-            put(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype.name], len(sizes), len(index)))
-            put(sizes.astype("<i4").tobytes())
-            pointer = 0
-            for begin in range(0, len(sizes), CHUNK):
-                lengths = sizes[begin : begin + CHUNK].astype(np.int64) * self.dtype.itemsize
-                ends = np.cumsum(lengths) + pointer
-                put((ends - lengths).astype("<i8").tobytes())
-                pointer = int(ends[-1])
-            put(index.astype("<i8").tobytes())
-            _sync_and_close(file)
-        return digest.hexdigest()
-
-
-def refuse_existing(prefix: Path, overwrite: bool) -> None:
-    """Raise ConfigError where a dataset of this name is there and may not be replaced."""
-    existing = [path for suffix in (".idx", ".bin", ".json") if (path := path_of(prefix, suffix)).exists()]
-    if existing and not overwrite:
-        raise ConfigError(f"{existing[0]}: exists already: give another output prefix, or --overwrite to replace it")
-
-
-def _sync_and_close(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _run(self) -> None:
+        self._digest = hashlib.sha256(self._content).hexdigest()
 
 
 def _resolve_prefix(prefix: Path) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.config.errors import DataError
+from megatron.data.native import native
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -26,6 +27,7 @@ DTYPE_OF_CODE: dict[int, str] = {
 CODE_OF_DTYPE: dict[str, int] = {name: code for code, name in DTYPE_OF_CODE.items()}
 
 CHUNK = 1 << 20
+_MOST_BYTES = 2**63 - 1
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype[Any]:
@@ -89,8 +91,17 @@ def read_header(path: Path, content: mmap.mmap) -> tuple[np.dtype[Any], int, int
     return dtype, sequences, entries
 
 
-def check_document_index(path: Path, index: NDArray[np.int64], sequences: int) -> bool:
-    """Check that the index runs from 0 to the sequence count and never back; True where a document is one sequence."""
+def check_document_index(path: Path, index: NDArray[np.int64], sequences: int, threads: int = 1) -> bool:
+    """Check that the index runs from 0 to the sequence count and never back; True where a document is one sequence.
+
+    Raises DataError naming the first entry that is wrong.
+    """
+    if (extension := native()) is not None and (steps := extension.document_steps(index, sequences, threads)):
+        return bool(steps == 2)
+    return _check_document_index_twin(path, index, sequences)
+
+
+def _check_document_index_twin(path: Path, index: NDArray[np.int64], sequences: int) -> bool:
     if int(index[0]) != 0:
         refuse(path, "document index 0", int(index[0]), "the first must be 0")
     if int(index[-1]) != sequences:
@@ -99,29 +110,47 @@ def check_document_index(path: Path, index: NDArray[np.int64], sequences: int) -
         )
     single = len(index) == sequences + 1
     for begin in range(0, len(index) - 1, CHUNK):
-        steps = np.diff(index[begin : begin + CHUNK + 1])
-        if int(steps.min()) < 0:
-            place = begin + int(np.argmax(steps < 0)) + 1
+        chunk = index[begin : begin + CHUNK + 1]
+        back = chunk[1:] < chunk[:-1]  # not a difference, which a lie of -2^63 would overflow
+        if back.any():
+            place = begin + int(np.argmax(back)) + 1
             refuse(
                 path,
                 f"document index {place}",
                 int(index[place]),
                 f"less than the one before it, {int(index[place - 1])}",
             )
-        single = single and bool((steps == 1).all())
+        single = single and bool((chunk[1:] == chunk[:-1] + 1).all())
     return single
 
 
-def check_sequences(path: Path, sizes: NDArray[np.int32], pointers: NDArray[np.int64], itemsize: int) -> int:
-    """Bytes of `.bin` that the sequences cover, each checked to begin where the one before it ends."""
+def check_sequences(
+    path: Path, sizes: NDArray[np.int32], pointers: NDArray[np.int64], itemsize: int, threads: int = 1
+) -> int:
+    """Bytes of `.bin` that the sequences cover, each checked to begin where the one before it ends.
+
+    Raises DataError naming the first sequence that is wrong.
+    """
+    extension = native()
+    if extension is not None:
+        covered: int = extension.covered_bytes(sizes, pointers, itemsize.bit_length() - 1, threads)
+        if covered >= 0:
+            return covered
+    return _check_sequences_twin(path, sizes, pointers, itemsize)
+
+
+def _check_sequences_twin(path: Path, sizes: NDArray[np.int32], pointers: NDArray[np.int64], itemsize: int) -> int:
     expected_start = 0
     for begin in range(0, len(sizes), CHUNK):
         chunk = sizes[begin : begin + CHUNK].astype(np.int64)
         if int(chunk.min()) < 0:
             place = int(np.argmax(chunk < 0))
             refuse(path, f"size of sequence {begin + place}", int(chunk[place]), "a length cannot be negative")
-        ends = np.cumsum(chunk) * itemsize + expected_start
-        starts = ends - chunk * itemsize
+        lengths = chunk * itemsize
+        if expected_start + int(lengths.sum()) > _MOST_BYTES:
+            refuse(path, f"sizes up to sequence {begin + len(chunk) - 1}", int(lengths.sum()), "more than 2^63 bytes")
+        ends = np.cumsum(lengths) + expected_start
+        starts = ends - lengths
         wrong = pointers[begin : begin + CHUNK] != starts
         if wrong.any():
             place = int(np.argmax(wrong))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.permutation import GOLDEN, Words, derive_key, mix64_array
+from megatron.data.stage_shapes import StageShapes
 from megatron.data.weight_function import WeightFunction
 
 ALGORITHM = 1
@@ -39,20 +40,22 @@ class StageRecord:
     """A begun training stage, as it was resolved when it began, and what it has taken so far.
 
     planned_samples: its length, which may be edited while it runs · resolved_samples: the length that its weights were
-    resolved for when it began, which never changes: phases and ramps stay where they were.
+    resolved for when it began, which never changes: phases and ramps stay where they were · shapes: rows of start,
+    sequence length and batch · fim: by source, the rate of fill-in-the-middle and its share with the suffix first.
     """
 
     name: str
     start_sample: int
     start_token: int
     planned_samples: int
-    seq_length: int
-    global_batch_size: int
+    shapes: list[list[int]]
+    shape_words: str
     cursor: str
     weights: dict[str, Any]
     sizes: dict[str, int]
     used: dict[str, int]
     caps: dict[str, list[str]]
+    fim: dict[str, list[str]]
     lr: dict[str, Any]
     taken: dict[str, str] = field(default_factory=dict)
     samples: int = 0
@@ -66,6 +69,11 @@ class StageRecord:
     def finished(self) -> bool:
         """Whether every planned sample is consumed."""
         return self.samples >= self.planned_samples
+
+    @property
+    def stage_shapes(self) -> StageShapes:
+        """Its sequence lengths and batches."""
+        return StageShapes.from_json(self.shapes)
 
 
 @dataclass
@@ -106,17 +114,17 @@ class Ledger:
     @property
     def consumed_tokens(self) -> int:
         """Input positions consumed over the whole run."""
-        return sum(stage.samples * stage.seq_length for stage in self.stages)
+        return sum(stage.stage_shapes.tokens_at(stage.samples) for stage in self.stages)
 
     @property
     def consumed_steps(self) -> int:
         """Optimizer steps done over the whole run."""
-        return sum(stage.samples // stage.global_batch_size for stage in self.stages)
+        return sum(stage.stage_shapes.batches_at(stage.samples) for stage in self.stages)
 
     @property
     def order_hash(self) -> str:
         """The running hash of the order, in hexadecimal."""
-        return "".join(f"{word:016x}" for word in self.order)
+        return hash_words(self.order)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, independent of later changes of the ledger."""
@@ -163,6 +171,11 @@ def order_sums(numbers: Sequence[int], fingerprints: Words, cursors: Sequence[in
         words = mix64_array(words ^ np.uint64(length))
         sums.append(int(np.sum(words, dtype=np.uint64)))
     return sums[0], sums[1]
+
+
+def hash_words(order: Sequence[int]) -> str:
+    """The two sums of an order hash in hexadecimal."""
+    return "".join(f"{word:016x}" for word in order)
 
 
 def add_to_order(order: list[int], sums: tuple[int, int]) -> None:

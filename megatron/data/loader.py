@@ -1,9 +1,15 @@
-"""From the stream of samples to microbatches of tensors, prepared ahead in a thread."""
+"""From the stream of samples to microbatches of tensors, prepared ahead in threads.
+
+One thread moves the stream, `workers` threads read what it gives: reading leaves the GIL, so that they run at once.
+Batches come in the stream's order, whatever the number of workers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
@@ -12,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.data.permutation import GOLDEN, mix64_array
-from megatron.data.samples import Sample, SampleStream, SampleTokens, assemble
+from megatron.data.assembly import BatchArrays, assemble_batch, batch_digest, loaded_sums
+from megatron.data.ledger import fingerprint_word
+from megatron.data.samples import Sample, SampleStream
 from megatron.data.source_stream import EpochSpan
 from megatron.data.sources import OpenSource
 
@@ -23,12 +30,17 @@ class Microbatch:
     """b samples of T positions.
 
     tokens [b, T] int64 · targets [b, T] int64, -100 where there is none · document_ids [b, T] int32, the number of the
-    piece along each row · source_ids [b] int64, numbering sources by name.
+    piece along each row · position_ids [b, T] int64, from 0 in each piece · cu_seqlens [pieces + 1] int32, the pieces'
+    bounds over the rows laid end to end: 0, the end of each piece, b * T · longest_piece: its positions (flash
+    attention's max_seqlen) · source_ids [b] int64, numbering sources by name.
     """
 
     tokens: Tensor
     targets: Tensor
     document_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    longest_piece: int
     source_ids: Tensor
 
 
@@ -38,7 +50,8 @@ class Batch:
 
     step: its number, from 1 · tokens: input positions · valid_targets: targets that count · digest: 64 bits over
     (sample number, place, id) of every input, independent of layout and micro-batch · position: the ledger after this
-    batch as JSON values, which is what a checkpoint stores.
+    batch as JSON values, which is what a checkpoint stores · loaded: what the samples that were read for it add to the
+    two sums of the order hash (`assembly.loaded_sums`).
     """
 
     microbatches: list[Microbatch]
@@ -50,27 +63,42 @@ class Batch:
     valid_targets: int
     digest: str
     position: dict[str, Any]
+    loaded: tuple[int, int]
     samples_by_source: dict[str, int] = field(default_factory=dict)
 
 
 class BatchLoader:
     """Iterates over the global batches that are left of a schedule.
 
-    `prefetch` batches are prepared ahead in one thread; the order does not depend on it. Errors of the thread are
-    raised where the batch would have been given. Use as a context manager, or call `close`.
+    `prefetch` batches are prepared ahead by `workers` threads; the order depends on neither. 0 prepares each when it is
+    asked for. pin_memory: tensors in page-locked memory, for copies to a CUDA device that do not wait; without such a
+    device it has no effect. Errors of the threads are raised where the batch would have been given. Use as a context
+    manager, or call `close`.
     """
 
     def __init__(
-        self, stream: SampleStream, sources: Mapping[str, OpenSource], micro_batch_size: int, prefetch: int = 4
+        self,
+        stream: SampleStream,
+        sources: Mapping[str, OpenSource],
+        micro_batch_size: int,
+        prefetch: int = 4,
+        *,
+        workers: int = 1,
+        pin_memory: bool = False,
     ) -> None:
+        if workers < 1:
+            raise ValueError(f"at least one worker is needed, not {workers}")
         self._stream = stream
         self._sources = sources
+        self._words = {name: fingerprint_word(source.fingerprint) for name, source in sources.items()}
         self._micro_batch_size = micro_batch_size
+        self._pin_memory = pin_memory and torch.cuda.is_available()
         self._step = stream.ledger.consumed_steps
         self._stop = Event()
-        self._queue: Queue[Batch | BaseException | None] = Queue(maxsize=max(1, prefetch))
+        self._queue: Queue[Future[Batch] | BaseException | None] = Queue(maxsize=max(1, prefetch))
         self._thread: Thread | None = None
         if prefetch:
+            self._readers = ThreadPoolExecutor(workers, thread_name_prefix="batch-reader")
             self._thread = Thread(target=self._prefetch, name="batch-loader", daemon=True)
 
     def __enter__(self) -> BatchLoader:
@@ -82,32 +110,34 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._thread is None:
             while not self._stream.finished:
-                yield self._next()
+                yield self._plan_next()()
             return
         if not self._thread.is_alive():
             self._thread.start()
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            yield item.result()
 
     def close(self) -> None:
-        """Ends the thread; batches that it had prepared are dropped, and their position with them."""
+        """Ends the threads; batches that they had prepared are dropped, and their position with them."""
         self._stop.set()
-        if self._thread is None or not self._thread.is_alive():
+        if self._thread is None:
             return
         while self._thread.is_alive():
             try:
                 self._queue.get(timeout=0.05)
             except Empty:
                 continue
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._readers.shutdown(cancel_futures=True)
 
     def _prefetch(self) -> None:
-        item: Batch | BaseException | None
+        item: Future[Batch] | BaseException | None
         while not self._stop.is_set():
             try:
-                item = None if self._stream.finished else self._next()
+                item = None if self._stream.finished else self._readers.submit(self._plan_next())
             except BaseException as error:  # handed to the thread that iterates
                 item = error
             while not self._stop.is_set():
@@ -116,65 +146,74 @@ class BatchLoader:
                     break
                 except Full:
                     continue
-            if not isinstance(item, Batch):
+            if not isinstance(item, Future):
                 return
 
-    def _next(self) -> Batch:
+    def _plan_next(self) -> partial[Batch]:
+        """Moves the stream by a batch; what it gives reads that batch, in any thread."""
         stage = self._stream.training_stage()
+        seq_length = self._stream.shape().seq_length
         samples = self._stream.next_batch()
-        arrays = [assemble(sample, self._sources[sample.source], stage.seq_length) for sample in samples]
         self._step += 1
         by_source: dict[str, int] = {}
         for sample in samples:
             by_source[sample.source] = by_source.get(sample.source, 0) + 1
-        return Batch(
-            microbatches=_microbatches(arrays, self._micro_batch_size),
+        position = self._stream.ledger.to_json()
+        cursors = {name: position["sources"][name]["cursor"]["cursor"] for name in by_source}
+        made = partial(
+            Batch,
             step=self._step,
             training_stage=stage.name,
-            seq_length=stage.seq_length,
+            seq_length=seq_length,
             samples=len(samples),
-            tokens=len(samples) * stage.seq_length,
-            valid_targets=sum(int(np.count_nonzero(array.targets >= 0)) for array in arrays),
-            digest=batch_digest(samples, arrays),
-            position=self._stream.ledger.to_json(),
+            tokens=len(samples) * seq_length,
+            position=position,
             samples_by_source=by_source,
+        )
+        return partial(self._read, made, samples, cursors, seq_length)
+
+    def _read(self, made: partial[Batch], samples: list[Sample], cursors: Mapping[str, int], seq_length: int) -> Batch:
+        microbatches, digest, valid = [], 0, 0
+        for start in range(0, len(samples), self._micro_batch_size):
+            rows = samples[start : start + self._micro_batch_size]
+            micro = read_microbatch(rows, self._sources, seq_length, self._pin_memory)
+            digest += int(batch_digest([sample.number for sample in rows], micro.tokens.numpy()), 16)
+            valid += int(np.count_nonzero(micro.targets.numpy() >= 0))
+            microbatches.append(micro)
+        return made(
+            microbatches=microbatches,
+            valid_targets=valid,
+            digest=f"{digest & (2**64 - 1):016x}",
+            loaded=loaded_sums(samples, range(len(samples)), cursors, self._words, seq_length),
         )
 
 
-def batch_digest(samples: Sequence[Sample], arrays: Sequence[SampleTokens]) -> str:
-    """A sum modulo 2^64 of a mix of (sample number, place, id): equal for equal inputs, however they are cut up."""
-    total = 0
-    for sample, array in zip(samples, arrays, strict=True):
-        places = np.arange(len(array.tokens), dtype=np.uint64)
-        words = mix64_array(places + np.uint64((sample.number * GOLDEN) & (2**64 - 1)))
-        total += int(np.sum(mix64_array(words ^ array.tokens.astype(np.uint64)), dtype=np.uint64))
-    return f"{total & (2**64 - 1):016x}"
+def read_microbatch(
+    samples: Sequence[Sample], sources: Mapping[str, OpenSource], seq_length: int, pin_memory: bool = False
+) -> Microbatch:
+    """Samples as tensors, read into them from the mapped files without a copy in between."""
+    shape = (len(samples), seq_length)
+    tokens, targets, positions = (torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory) for _ in range(3))
+    documents = torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory)
+    out = BatchArrays(tokens.numpy(), targets.numpy(), documents.numpy(), positions.numpy())
+    bounds = assemble_batch(samples, sources, out)
+    small = (torch.from_numpy(bounds), torch.tensor([sample.source_id for sample in samples], dtype=torch.int64))
+    cu_seqlens, source_ids = (tensor.pin_memory() if pin_memory else tensor for tensor in small)
+    return Microbatch(tokens, targets, documents, positions, cu_seqlens, int(np.diff(bounds).max()), source_ids)
 
 
 def validation_batches(
     sources: Mapping[str, OpenSource], seq_length: int, micro_batch_size: int, samples: int
 ) -> list[Microbatch]:
     """Microbatches over held-out documents of every source that has data, at most `samples` sequences of each."""
-    arrays = []
+    windows = []
     for source in sources.values():
         if source.order is None:
             continue
         for spans in source.order.validation_spans(seq_length, samples):
             pieces = [EpochSpan(0, span.document, span.start, span.end) for span in spans]
-            arrays.append(assemble(Sample(0, "validation", source.name, source.source_id, pieces), source, seq_length))
-    return _microbatches(arrays, micro_batch_size)
-
-
-def _microbatches(arrays: Sequence[SampleTokens], size: int) -> list[Microbatch]:
-    result = []
-    for start in range(0, len(arrays), size):
-        rows = arrays[start : start + size]
-        result.append(
-            Microbatch(
-                tokens=torch.from_numpy(np.stack([row.tokens for row in rows])),
-                targets=torch.from_numpy(np.stack([row.targets for row in rows])),
-                document_ids=torch.from_numpy(np.stack([row.document_ids for row in rows])),
-                source_ids=torch.tensor([row.source_id for row in rows], dtype=torch.int64),
-            )
-        )
-    return result
+            windows.append(Sample(0, "validation", source.name, source.source_id, pieces))
+    return [
+        read_microbatch(windows[start : start + micro_batch_size], sources, seq_length)
+        for start in range(0, len(windows), micro_batch_size)
+    ]

@@ -6,7 +6,8 @@ target_s(t) >= c + 1. Among the sources that may, the one with the earliest dead
 that is furthest behind its target, then to the name that sorts first. Every prefix then keeps |count − target| < 1.
 
 The state is the counts alone, so that resuming needs no history. `PlainMixture` defines the rule in exact Python
-integers; csrc/mixture.cpp equals it and is used where the extension was built.
+integers; csrc/mixture.cpp equals it and is used where the extension was built. It also seeks to any sample without the
+steps before it and without any stored state: csrc/mixture_seek.cpp says how, and why the counts are exact.
 """
 
 from __future__ import annotations
@@ -111,7 +112,11 @@ class PlainMixture:
         return np.array([self._next() for _ in range(samples)], dtype=np.int32)
 
     def seek(self, position: int) -> None:
-        """Moves to `position`: at once where every target is whole there, else by whole periods and then by steps."""
+        """Moves to `position`: at once where every target is whole there, else by whole periods and then by steps.
+
+        Outside constant stages that is every step from the start, or from here where `position` lies ahead: some tens
+        of thousands a second. Only the native stream is quick there.
+        """
         if position < self.position:
             self._restart([0] * len(self._names))
         whole = self._whole_targets(position)

@@ -68,6 +68,10 @@ class MixtureWords:
             )
         return result | scaled(others, 1 - total)
 
+    def members(self, name: str, key: str) -> list[str]:
+        """The sources of a name that stands under `key` of the stage. Raises ConfigError for an unknown name."""
+        return self._members([name], key)[name]
+
     def size(self, name: str) -> int:
         """Tokens of one epoch of a source, or of a group together. Raises ConfigError for an unknown name."""
         return sum(self._sizes[member] for member in self._members([name])[name])
@@ -93,20 +97,20 @@ class MixtureWords:
             )
         return {name: Fraction(table.get(name, Decimal(0))) for name in sorted(members)}
 
-    def _members(self, names: Iterable[str]) -> dict[str, list[str]]:
+    def _members(self, names: Iterable[str], key: str = "mixture") -> dict[str, list[str]]:
         result: dict[str, list[str]] = {}
         said_by: dict[str, str] = {}
         for name in names:
             grouped = sorted(source for source, group in self._groups.items() if group == name)
             if name in self._groups and set(grouped) - {name}:
                 raise ConfigError(
-                    f"{self._where}: mixture names {name!r}, which is a source and also the group of "
+                    f"{self._where}: {key} names {name!r}, which is a source and also the group of "
                     f"{', '.join(grouped)}: give the group another name"
                 )
             members = [name] if name in self._groups else grouped
             if not members:
                 raise ConfigError(
-                    f"{self._where}: mixture names {name!r}, which is neither a source nor a group: {self._near(name)}"
+                    f"{self._where}: {key} names {name!r}, which is neither a source nor a group: {self._near(name)}"
                 )
             for member in members:
                 if member in said_by:

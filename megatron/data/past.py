@@ -27,6 +27,8 @@ def frozen_stages(ledger: Ledger) -> list[FrozenStage]:
             sizes=record.sizes,
             used=record.used,
             caps={name: (Decimal(cap), dry) for name, (cap, dry) in record.caps.items()},
+            shapes=record.stage_shapes,
+            shape_words=record.shape_words,
         )
         for index, record in enumerate(ledger.stages)
     ]
@@ -51,7 +53,8 @@ def check_words(ledger: Ledger, sections: Sequence[StageSection], sources: Colle
             differences.append(f"stage {record.name!r}: take.cursors has changed, and the stage has begun")
         groups = {source.group for name, source in ledger.sources.items() if name in record.sizes}
         tables = [section.mixture, section.mixture_tokens, section.mixture_epochs, section.adjust, section.ramp_to]
-        tables += [phase.mixture for phase in section.phases or []]
+        tables += [phase.mixture for phase in section.phases or []] + [phase.ramp_to for phase in section.phases or []]
+        tables += [part.mixture for part in section.blend or []]
         for name in sorted({name for table in tables if table for name, weight in table.items() if weight}):
             if name not in record.sizes and name not in groups:
                 differences.append(f"stage {record.name!r} now names {name!r}, which it did not know when it began")
@@ -155,10 +158,14 @@ def _changed_sources(ledger: Ledger, identities: Mapping[str, Mapping[str, Any]]
 def _changed_stage(record: StageRecord, stage: TrainingStage, running: bool) -> list[str]:
     where = f"stage {record.name!r}"
     differences = []
-    for key in ("seq_length", "global_batch_size", "cursor"):
-        then, now = getattr(record, key), getattr(stage, key)
+    fim = {name: rates.to_json() for name, rates in stage.fim.items()}
+    for what, then, now in (
+        ("batch x sequence length", record.stage_shapes, stage.shapes),
+        ("cursor", record.cursor, stage.cursor),
+        ("fill-in-the-middle rates", record.fim, fim),
+    ):
         if then != now:
-            differences.append(f"{where}: its {key} was {then} and is now {now}")
+            differences.append(f"{where}: its {what} was {then} and is now {now}")
     then_weights = WeightFunction.from_json(record.weights)
     if then_weights != stage.weights:
         differences.append(f"{where}: its weights were {_weights(then_weights)} and are now {_weights(stage.weights)}")

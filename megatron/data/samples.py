@@ -7,12 +7,13 @@ no layout, no micro-batch, no worker count (law M3). It imports no torch.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron.data.fim import DISPLACED, FimRule, FimSentinels
 from megatron.data.ledger import (
     Ledger,
     SourceRecord,
@@ -23,32 +24,27 @@ from megatron.data.ledger import (
     order_sums,
 )
 from megatron.data.mixture import MixtureStream, open_mixture
+from megatron.data.permutation import Integers
 from megatron.data.schedule import Schedule, TrainingStage
 from megatron.data.source_stream import CursorState, EpochSpan, SourceStream
 from megatron.data.sources import OpenSource
-
-IGNORED_TARGET = -100
+from megatron.data.stage_shapes import ShapeStep, StageShapes
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: where it comes from, as half-open input positions within documents."""
+    """One sample: where it comes from, as half-open input positions within documents.
+
+    fim: numbers of the pieces that `fim_rule` rearranges when the sample is read.
+    """
 
     number: int
     training_stage: str
     source: str
     source_id: int
     pieces: list[EpochSpan]
-
-
-@dataclass(frozen=True)
-class SampleTokens:
-    """A sample's arrays, each [T]: ids int64, targets int64 (-100: no target), piece numbers int32 from 0 upwards."""
-
-    tokens: npt.NDArray[np.int64]
-    targets: npt.NDArray[np.int64]
-    document_ids: npt.NDArray[np.int32]
-    source_id: int
+    fim: tuple[int, ...] = ()
+    fim_rule: FimRule | None = None
 
 
 class SampleStream:
@@ -61,11 +57,14 @@ class SampleStream:
         ledger: Ledger,
         lr_records: tuple[Mapping[str, Any], ...] = (),
         taken_cursors: Mapping[int, Ledger] | None = None,
+        fim_sentinels: FimSentinels | None = None,
     ) -> None:
         self._schedule = schedule
         self._sources = sources
         self._lr_records = lr_records
         self._taken = taken_cursors or {}
+        self._fim_sentinels = fim_sentinels
+        self._fim_rules: dict[str, FimRule] = {}
         self.ledger = ledger
         self._words = {name: fingerprint_word(source.fingerprint) for name, source in sources.items()}
         self._streams: dict[str, SourceStream] = {}
@@ -92,6 +91,11 @@ class SampleStream:
         """The stage of the next batch."""
         return self._schedule.locate(self.consumed_samples)[0]
 
+    def shape(self) -> ShapeStep:
+        """Sequence length and batch of the next batch."""
+        stage = self.training_stage()
+        return stage.shape_at(self.consumed_samples - stage.start_sample)
+
     def next_batch(self, owned: Collection[int] | None = None) -> list[Sample]:
         """The next global batch, in order.
 
@@ -105,39 +109,42 @@ class SampleStream:
             self._begin_stage(stage)
         assert self._mixture is not None
         first = self.consumed_samples
-        chosen = [stage.weights.sources[index] for index in self._mixture.take(stage.global_batch_size).tolist()]
+        shape = stage.shape_at(first - stage.start_sample)
+        chosen = [stage.weights.sources[index] for index in self._mixture.take(shape.global_batch_size).tolist()]
         record = self.ledger.stages[-1]
         cursors = [0] * len(chosen)
-        pieces: list[list[EpochSpan]] = [[]] * len(chosen)
+        samples: list[Sample] = [
+            Sample(first + place, stage.name, name, self._sources[name].source_id, [])
+            for place, name in enumerate(chosen)
+        ]
         for name in dict.fromkeys(chosen):
             places = [place for place, source in enumerate(chosen) if source == name]
             stream = self._streams[name]
             for turn, place in enumerate(places):
-                cursors[place] = stream.state.cursor + turn * stage.seq_length
+                cursors[place] = stream.state.cursor + turn * shape.seq_length
             if owned is None or any(place in owned for place in places):
-                spans = cut_into_samples(
-                    stream.take(len(places) * stage.seq_length, stage.seq_length), stage.seq_length
-                )
-                for place, sample_spans in zip(places, spans, strict=True):
-                    pieces[place] = sample_spans
+                rows = stream.take_rows(len(places) * shape.seq_length, shape.seq_length)
+                cut = cut_into_samples(rows, shape.seq_length, self._fim_rules.get(name))
+                for place, (spans, fim) in zip(places, cut, strict=True):
+                    samples[place] = replace(samples[place], pieces=spans, fim=fim, fim_rule=self._fim_rules.get(name))
+                    if owned is None or place in owned:
+                        record.use[name].displaced += DISPLACED * len(fim)
             else:
-                stream.skip(len(places), stage.seq_length)
-            self._count(record, name, len(places), stage.seq_length)
+                stream.skip(len(places), shape.seq_length)
+            self._count(record, name, len(places), shape.seq_length)
         record.samples += len(chosen)
         if record.finished:
             self._note_unused(stage, record)
         words = np.array([self._words[name] for name in chosen], dtype=np.uint64)
         numbers = range(first, first + len(chosen))
-        add_to_order(self.ledger.order, order_sums(numbers, words, cursors, stage.seq_length))
-        return [
-            Sample(first + place, stage.name, name, self._sources[name].source_id, pieces[place])
-            for place, name in enumerate(chosen)
-        ]
+        add_to_order(self.ledger.order, order_sums(numbers, words, cursors, shape.seq_length))
+        return samples
 
     def _note_unused(self, stage: TrainingStage, record: StageRecord) -> None:
         for name, use in record.use.items():
             left = stage.facts[name].cap_tokens - self.ledger.sources[name].lifetime_tokens
-            use.unused = left if stage.facts[name].dry != "repeat" and 0 < left < stage.seq_length else 0
+            below = leftover_bound(stage.shapes)
+            use.unused = left if stage.facts[name].dry != "repeat" and 0 < left < below else 0
 
     def _count(self, record: StageRecord, name: str, samples: int, seq_length: int) -> None:
         """Enters samples of a source, whose stream has moved past them, into the ledger."""
@@ -158,13 +165,15 @@ class SampleStream:
             if self._stage is None or self._stage.index != stage.index:
                 self._begin_stage(stage)
             assert self._mixture is not None
-            goal = min(stage.samples, consumed_samples - stage.start_sample)
+            shape = stage.shape_at(offset)
+            end = stage.shapes.end_of(shape)
+            goal = min(stage.samples, consumed_samples - stage.start_sample, stage.samples if end is None else end)
             before = dict(zip(stage.weights.sources, self._mixture.counts, strict=True))
             self._mixture.seek(goal)
             for name, count in zip(stage.weights.sources, self._mixture.counts, strict=True):
                 moved = count - before[name]
-                self._streams[name].skip(moved, stage.seq_length)
-                self._count(self.ledger.stages[-1], name, moved, stage.seq_length)
+                self._streams[name].skip(moved, shape.seq_length)
+                self._count(self.ledger.stages[-1], name, moved, shape.seq_length)
             self.ledger.stages[-1].samples += goal - offset
 
     def _begin_stage(self, stage: TrainingStage) -> None:
@@ -184,13 +193,14 @@ class SampleStream:
             start_sample=stage.start_sample,
             start_token=stage.start_token,
             planned_samples=stage.samples,
-            seq_length=stage.seq_length,
-            global_batch_size=stage.global_batch_size,
+            shapes=stage.shapes.to_json(),
+            shape_words=stage.shape_words,
             cursor=stage.cursor,
             weights=stage.weights.to_json(),
             sizes={name: fact.epoch_tokens for name, fact in stage.facts.items()},
             used=dict(stage.used_before),
             caps={name: [str(fact.max_epochs), fact.dry] for name, fact in stage.facts.items()},
+            fim={name: rates.to_json() for name, rates in stage.fim.items()},
             lr=lr,
         )
         self._open(stage, None)
@@ -238,50 +248,42 @@ class SampleStream:
             if name not in self._streams:
                 state = CursorState.from_json(self.ledger.sources[name].cursor)
                 self._streams[name] = self._sources[name].stream(state)
+        seed, sentinels = self.ledger.seed, self._fim_sentinels
+        self._fim_rules = {
+            name: FimRule(seed, self._sources[name].fingerprint, rates, sentinels) for name, rates in stage.fim.items()
+        }
         self._stage = stage
         self._mixture = open_mixture(stage.weights, stage.groups(), counts, horizon=stage.samples)
 
 
-def cut_into_samples(spans: list[EpochSpan], seq_length: int) -> list[list[EpochSpan]]:
-    """The spans of several samples, which end where samples do, as one list for each sample."""
-    samples: list[list[EpochSpan]] = []
-    current: list[EpochSpan] = []
+def cut_into_samples(
+    rows: Integers, seq_length: int, fim: FimRule | None = None
+) -> list[tuple[list[EpochSpan], tuple[int, ...]]]:
+    """The rows of several samples, which end where samples do: for each sample its spans, neighbours joined where
+    neither is rearranged, and the numbers of the spans that are."""
+    chosen = fim.chosen(rows).tolist() if fim is not None else [False] * len(rows)
+    samples: list[tuple[list[EpochSpan], tuple[int, ...]]] = []
+    spans: list[EpochSpan] = []
+    rearranged: list[int] = []
     filled = 0
-    for span in spans:
-        current.append(span)
+    for row, is_fim in zip(rows.tolist(), chosen, strict=True):
+        span = EpochSpan(*row)
         filled += span.end - span.start
+        last = spans[-1] if spans and not is_fim and len(spans) - 1 not in rearranged else None
+        if last and (last.epoch, last.document, last.end) == (span.epoch, span.document, span.start):
+            spans[-1] = EpochSpan(last.epoch, last.document, last.start, span.end)
+        else:
+            if is_fim:
+                rearranged.append(len(spans))
+            spans.append(span)
         if filled == seq_length:
-            samples.append(joined(current))
-            current, filled = [], 0
+            samples.append((spans, tuple(rearranged)))
+            spans, rearranged, filled = [], [], 0
     return samples
 
 
-def joined(spans: list[EpochSpan]) -> list[EpochSpan]:
-    """Neighbouring spans that go on in the same document of the same epoch made one."""
-    result: list[EpochSpan] = []
-    for span in spans:
-        last = result[-1] if result else None
-        if last and (last.epoch, last.document, last.end) == (span.epoch, span.document, span.start):
-            result[-1] = EpochSpan(last.epoch, last.document, last.start, span.end)
-        else:
-            result.append(span)
-    return result
-
-
-def assemble(sample: Sample, source: OpenSource, seq_length: int) -> SampleTokens:
-    """Reads a sample. Each target is the next token of the same document; a document's last token has none."""
-    tokens = np.empty(seq_length, dtype=np.int64)
-    targets = np.full(seq_length, IGNORED_TARGET, dtype=np.int64)
-    document_ids = np.empty(seq_length, dtype=np.int32)
-    at = 0
-    for number, span in enumerate(sample.pieces):
-        length = span.end - span.start
-        ids = source.tokens_for(span)
-        tokens[at : at + length] = ids[:length]
-        targets[at : at + len(ids) - 1] = ids[1:]
-        document_ids[at : at + length] = number
-        at += length
-    # A validation window may be shorter than a sample: what is left has no target.
-    tokens[at:] = 0
-    document_ids[at:] = len(sample.pieces)
-    return SampleTokens(tokens, targets, document_ids, sample.source_id)
+def leftover_bound(shapes: StageShapes) -> int:
+    """Tokens below which what a cap leaves of a source is too little for another sample: see `dry_sources`."""
+    lengths = [step.seq_length for step in shapes.steps]
+    changes = sum(abs(later - earlier) for earlier, later in pairwise(lengths))
+    return 2 * changes + 3 * max(lengths) if changes else lengths[0]

@@ -13,14 +13,21 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from megatron.config.schema import SourceSection, StageSection
+from megatron.data.fim import FimRates, stage_rates
 from megatron.data.mixture import open_mixture
-from megatron.data.stage_resolution import FrozenStage, SourceFacts, StageResolver
+from megatron.data.stage_mixture import MixtureReference
+from megatron.data.stage_resolution import FrozenStage, ResolvedStage, SourceFacts, StageResolver
+from megatron.data.stage_shapes import ShapeStep, StageShapes, shape_words
 from megatron.data.weight_function import WeightFunction
 
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """One resolved training stage. Counts and tokens of sources are those of the whole stage, as planned."""
+    """One resolved training stage. Counts and tokens of sources are those of the whole stage, as planned.
+
+    counts, source_tokens: samples and input positions of each source · used_before: tokens used of each before it ·
+    fim: by source, fill-in-the-middle rates · shape_words: the shapes as they were written.
+    """
 
     index: int
     name: str
@@ -28,24 +35,40 @@ class TrainingStage:
     start_sample: int
     start_token: int
     samples: int
-    seq_length: int
-    global_batch_size: int
+    shapes: StageShapes
+    shape_words: str
     weights: WeightFunction
     cursor: str
     facts: Mapping[str, SourceFacts]
     used_before: Mapping[str, int]
     counts: Mapping[str, int]
+    source_tokens: Mapping[str, int]
+    fim: Mapping[str, FimRates]
     notes: tuple[str, ...] = ()
+
+    @property
+    def seq_length(self) -> int:
+        """Input positions of its first sample."""
+        return self.shapes.steps[0].seq_length
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of its first optimizer step."""
+        return self.shapes.steps[0].global_batch_size
 
     @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return self.samples // self.global_batch_size
+        return self.shapes.batches_at(self.samples)
 
     @property
     def tokens(self) -> int:
         """Input positions."""
-        return self.samples * self.seq_length
+        return self.shapes.tokens_at(self.samples)
+
+    def shape_at(self, offset: int) -> ShapeStep:
+        """Sequence length and batch of the stage's sample `offset`."""
+        return self.shapes.at(offset)
 
     @property
     def end_sample(self) -> int:
@@ -115,6 +138,8 @@ def resolve_schedule(
     run_tokens: int | None = None,
     begun: Sequence[FrozenStage] = (),
     taken: Mapping[int, Mapping[str, int]] | None = None,
+    templates: Sequence[StageSection] = (),
+    fim: Mapping[str, FimRates] | None = None,
 ) -> Schedule:
     """Every stage in order.
 
@@ -125,12 +150,15 @@ def resolve_schedule(
         run_tokens: `train.tokens`, for stages given as a share of the run.
         begun: frozen records of the stages that have begun, from a ledger.
         taken: by number of the stages yet to begin with `take.cursors`, tokens used of each source by that checkpoint.
+        templates: `[[templates]]`, which stages may refer to.
+        fim: the sources' own fill-in-the-middle rates.
 
     Raises ConfigError where a stage cannot be carried out as written.
     """
+    shape = seq_length, global_batch_size
+    references = resolve_templates(templates, facts, shape, run_tokens)
     stages: list[TrainingStage] = []
     used = dict.fromkeys(facts, 0)
-    step = sample = token = 0
     for index, section in enumerate(sections):
         frozen = begun[index] if index < len(begun) else None
         if frozen is not None:
@@ -138,34 +166,68 @@ def resolve_schedule(
         elif taken is not None:
             # What this run has trained on itself stays used, whatever the checkpoint knew of it.
             used |= {name: max(used[name], tokens) for name, tokens in taken.get(index, {}).items() if name in used}
-        shape = section.seq_length or seq_length, section.global_batch_size or global_batch_size
-        resolver = StageResolver(section, facts, *shape, used, stages[-1].last_weights() if stages else None, frozen)
-        samples, weights = resolver.resolve(run_tokens)
-        counts = _counts_at(weights, resolver.groups, samples)
-        resolver.check_caps(counts)
-        stage = TrainingStage(
-            index=index,
-            name=section.name,
-            start_step=step,
-            start_sample=sample,
-            start_token=token,
-            samples=samples,
-            seq_length=resolver.seq_length,
-            global_batch_size=resolver.batch,
-            weights=weights,
-            cursor=section.cursor,
-            facts=resolver.facts,
-            used_before=dict(used),
-            counts=counts,
-            notes=tuple(resolver.notes),
-        )
-        stages.append(stage)
-        used = {name: tokens + counts.get(name, 0) * stage.seq_length for name, tokens in used.items()}
-        step, sample, token = stage.end_step, stage.end_sample, token + stage.tokens
+        before = stages[-1].last_weights() if stages else None
+        resolver = StageResolver(section, facts, shape, used, before, frozen, references)
+        resolved = resolver.resolve(run_tokens)
+        stages.append(_stage(resolver, resolved, stages[-1] if stages else None, fim or {}))
+        resolver.check_caps(stages[-1].source_tokens)
+        references[section.name] = resolved.reference()
+        used = {name: tokens + stages[-1].source_tokens.get(name, 0) for name, tokens in used.items()}
     return Schedule(tuple(stages))
 
 
-def _counts_at(weights: WeightFunction, groups: Mapping[str, str], samples: int) -> dict[str, int]:
+def resolve_templates(
+    templates: Sequence[StageSection],
+    facts: Mapping[str, SourceFacts],
+    shape: tuple[int, int],
+    run_tokens: int | None,
+) -> dict[str, MixtureReference]:
+    """What each template offers to stages. It is never trained, so that caps do not concern it. Raises ConfigError."""
+    free = {name: SourceFacts(fact.group, fact.epoch_tokens, fact.max_epochs, "repeat") for name, fact in facts.items()}
+    references: dict[str, MixtureReference] = {}
+    for template in templates:
+        resolver = StageResolver(template, free, shape, dict.fromkeys(facts, 0), references=references)
+        references[template.name] = resolver.resolve(run_tokens).reference()
+    return references
+
+
+def _stage(
+    resolver: StageResolver, resolved: ResolvedStage, previous: TrainingStage | None, fim: Mapping[str, FimRates]
+) -> TrainingStage:
+    weights, shapes, samples = resolved.weights, resolved.shapes, resolved.samples
+    counts, tokens = _planned_use(weights, resolver.groups, shapes, samples)
+    section = resolver.section
+    return TrainingStage(
+        index=previous.index + 1 if previous else 0,
+        name=section.name,
+        start_step=previous.end_step if previous else 0,
+        start_sample=previous.end_sample if previous else 0,
+        start_token=previous.start_token + previous.tokens if previous else 0,
+        samples=samples,
+        shapes=shapes,
+        shape_words=shape_words(section, *resolver.shape),
+        weights=weights,
+        cursor=section.cursor,
+        facts=resolver.facts,
+        used_before=dict(resolver.used),
+        counts=counts,
+        source_tokens=tokens,
+        fim=stage_rates(section.fim, fim, resolver.words, weights.sources),
+        notes=tuple(resolver.notes),
+    )
+
+
+def _planned_use(
+    weights: WeightFunction, groups: Mapping[str, str], shapes: StageShapes, samples: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Samples and tokens of each source over the whole stage."""
     stream = open_mixture(weights, groups, horizon=samples)
-    stream.seek(samples)
-    return dict(zip(weights.sources, stream.counts, strict=True))
+    tokens = dict.fromkeys(weights.sources, 0)
+    before = [0] * len(weights.sources)
+    for border in [*(start for start in shapes.change_starts if start < samples), samples]:
+        length = shapes.at(stream.position).seq_length
+        stream.seek(border)
+        for name, then, now in zip(weights.sources, before, stream.counts, strict=True):
+            tokens[name] += (now - then) * length
+        before = stream.counts
+    return dict(zip(weights.sources, before, strict=True)), tokens

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
+from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
 from typing import Protocol
@@ -15,6 +16,8 @@ import numpy.typing as npt
 
 from megatron.config.errors import DataError
 from megatron.data.holdout import held_out, holdout_base, holdout_threshold
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.native import native
 from megatron.data.piece_table import PieceTable, make_piece_table
 
 Share = Decimal | Fraction | int
@@ -100,6 +103,15 @@ class SourceFiles:
         """Ids start .. end - 1 of a document, fewer where it ends before."""
         number, local = self.locate(document)
         return self.files[number].tokens(local, start, min(end, int(self._lengths[number][local])))
+
+    @cached_property
+    def reader(self) -> object | None:
+        """What the extension's `gather` reads documents with; None without it, or for files that are not mapped."""
+        extension = native()
+        if extension is None:
+            return None
+        arrays = [file.arrays for file in self.files if isinstance(file, IndexedDataset)]
+        return extension.TokenFiles(arrays) if len(arrays) == len(self.files) else None
 
     def held_out_documents(self) -> npt.NDArray[np.int64]:
         """Numbers of the held-out documents within the slice, ascending, empty documents among them."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil
 
 from megatron.config.errors import ConfigError
-from megatron.config.quantities import format_count
-from megatron.config.schema import Mixture, StageSection
+from megatron.config.quantities import Quantity, format_count
+from megatron.config.schema import StageSection
 from megatron.data.dry_sources import solve_events
+from megatron.data.mixture_profile import MixtureProfile, Weights
 from megatron.data.mixture_words import MixtureWords
+from megatron.data.stage_mixture import MixtureReference, StageMixture
+from megatron.data.stage_shapes import StageShapes, lay_out, shape_words
 from megatron.data.weight_function import Segment, WeightFunction
 from megatron.data.weights import DENOMINATOR, round_shares
-
-Phases = Sequence[tuple[Fraction, Mapping[str, Fraction]]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class FrozenStage:
 
     samples: its length by the last checkpoint · resolved_samples: the length that its weights were resolved for ·
     sizes, used: tokens of the sources known when it began, and how many of them were used by then · caps: max_epochs
-    and dry policy when it began.
+    and dry policy when it began · shapes, shape_words: its shapes as resolved when it began, and the words for them.
     """
 
     name: str
@@ -50,28 +51,46 @@ class FrozenStage:
     sizes: Mapping[str, int]
     used: Mapping[str, int]
     caps: Mapping[str, tuple[Decimal, str]]
+    shapes: StageShapes
+    shape_words: str
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """Length, shapes and exact weights of a stage; `profile` is its mixture before sources run dry."""
+
+    samples: int
+    shapes: StageShapes
+    weights: WeightFunction
+    profile: MixtureProfile
+
+    def reference(self) -> MixtureReference:
+        """What other stages may refer to."""
+        return MixtureReference(self.profile, target_tokens(self.weights, self.shapes, self.samples))
 
 
 class StageResolver:
-    """Resolves one stage; gathers notes on what was rounded or normalised."""
+    """Resolves one stage; gathers notes on what was rounded or normalised.
+
+    shape: sequence length and batch of the run, for a stage that says neither · used: tokens of each source used
+    before it · before: weights as the stage before it ends · references: what it may refer to, by name.
+    """
 
     def __init__(
         self,
         section: StageSection,
         facts: Mapping[str, SourceFacts],
-        seq_length: int,
-        batch: int,
+        shape: tuple[int, int],
         used: Mapping[str, int],
-        before: Mapping[str, Fraction] | None = None,
+        before: Weights | None = None,
         frozen: FrozenStage | None = None,
+        references: Mapping[str, MixtureReference] | None = None,
     ) -> None:
         self.section = section
         self.facts = {name: _as_frozen(name, fact, frozen) for name, fact in facts.items()}
         self.sizes = {name: fact.epoch_tokens for name, fact in self.facts.items()}
-        self.seq_length = seq_length
-        self.batch = batch
+        self.shape = section.seq_length or shape[0], section.global_batch_size or shape[1]
         self.used = used
-        self.before = before or {name: Fraction(size) for name, size in self.sizes.items()}
         self.frozen = frozen
         self.where = f"stage {section.name!r}"
         self.groups = {name: fact.group for name, fact in facts.items()}
@@ -82,183 +101,145 @@ class StageResolver:
             for name, fact in facts.items()
             if (self.facts[name].max_epochs, self.facts[name].dry) != (fact.max_epochs, fact.dry)
         ]
+        before = before or {name: Fraction(size) for name, size in self.sizes.items()}
+        self.mixture = StageMixture(section, self.words, before, references or {}, self.notes)
 
-    def resolve(self, run_tokens: int | None) -> tuple[int, WeightFunction]:
-        """Samples and weights of the stage."""
-        phases = self._phases()
+    def resolve(self, run_tokens: int | None) -> ResolvedStage:
+        """Length, shapes and weights. Raises ConfigError."""
+        profile = self.mixture.profile()
+        shapes, samples = self._length(profile, run_tokens)
         frozen = self.frozen
-        # A share of the run is a length only until the stage begins.
-        fixed = frozen is not None and self.section.share is not None
-        samples = frozen.samples if frozen is not None and fixed else self._length(phases, run_tokens)
-        weights = self._weights(phases, frozen.resolved_samples if frozen is not None else samples)
-        return samples, self._without_dry(weights, samples)
-
-    # -- what the mixture says -------------------------------------------------------------------------------------
-
-    def _phases(self) -> Phases:
-        """(share of the stage, weights by source) of each phase; one phase unless the mixture is stepwise."""
-        section = self.section
-        given = [
-            name
-            for name in ("mixture", "mixture_tokens", "mixture_epochs", "adjust", "phases")
-            if getattr(section, name) is not None
-        ]
-        if len(given) != 1:
-            said = " and ".join(given) if given else "none of them"
-            raise ConfigError(
-                f"{self.where}: says {said}: give one of mixture, mixture_tokens, mixture_epochs, adjust or phases"
-            )
-        if section.ramp_to is not None and section.mixture is None:
-            raise ConfigError(f"{self.where}: ramp_to goes with mixture, which is missing")
-        if section.phases is not None:
-            return self._stepwise()
-        if section.mixture_epochs is not None:
-            tokens = {name: Fraction(count) * self.words.size(name) for name, count in section.mixture_epochs.items()}
-            return [(Fraction(1), self.words.flat(tokens))]
-        if section.adjust is not None:
-            shares = {name: Fraction(share) for name, share in section.adjust.items()}
-            return [(Fraction(1), self.words.adjusted(shares, self.before))]
-        written = section.mixture if section.mixture is not None else section.mixture_tokens
-        assert written is not None
-        if section.mixture is not None:
-            self._check_sum(section.mixture)
-        return [(Fraction(1), self._flat(written))]
-
-    def _stepwise(self) -> Phases:
-        phases = self.section.phases or []
-        said = [phase.share for phase in phases if phase.share is not None]
-        if not phases or (said and len(said) != len(phases)):
-            raise ConfigError(f"{self.where}: phases: give every phase a share, or none for equal parts")
-        if said and sum(said) != 1:
-            raise ConfigError(f"{self.where}: the shares of its phases sum to {sum(said)}, not to 1")
-        result = []
-        for phase in phases:
-            share = Fraction(phase.share) if phase.share is not None else Fraction(1, len(phases))
-            self._check_sum(phase.mixture)
-            result.append((share, self._flat(phase.mixture)))
-        return result
-
-    def _flat(self, weights: Mapping[str, Decimal | int]) -> dict[str, Fraction]:
-        return self.words.flat({name: Fraction(weight) for name, weight in weights.items()})
-
-    def _check_sum(self, mixture: Mixture) -> None:
-        total = sum(mixture.values())
-        if total == 1 or total == 0:
-            return
-        if self.section.strict:
-            raise ConfigError(f"{self.where}: strict is set and the weights sum to {total}, not to 1")
-        self.notes.append(f"weights sum to {total}: normalised")
+        weights = self._weights(profile, frozen.resolved_samples if frozen is not None else samples)
+        return ResolvedStage(samples, shapes, self._without_dry(weights, shapes, samples), profile)
 
     # -- how long it is --------------------------------------------------------------------------------------------
 
-    def _length(self, phases: Phases, run_tokens: int | None) -> int:
-        """Samples of the stage: the nearest whole number of global batches, at least one."""
-        tokens = self._asked_tokens(phases, run_tokens)
-        if tokens <= 0:
-            raise ConfigError(
-                f"{self.where}: its length is 0: give it tokens, steps, samples, a share or epochs above 0"
-            )
-        batch_tokens = self.batch * self.seq_length
-        batches = max(1, int(tokens / batch_tokens + Fraction(1, 2)))
-        if batches * batch_tokens != tokens:
-            self.notes.append(
-                f"{float(tokens):,.0f} tokens asked, {batches * batch_tokens:,} given: {batches:,} whole batches"
-            )
-        return batches * self.batch
+    def _length(self, profile: MixtureProfile, run_tokens: int | None) -> tuple[StageShapes, int]:
+        """Its shapes and samples: whole global batches, at least one."""
+        frozen = self.frozen
+        if frozen is not None and frozen.shape_words == shape_words(self.section, *self.shape):
+            # A share of the run is a length only until the stage begins.
+            if self.section.share is not None:
+                return frozen.shapes, frozen.samples
+            asked = self._asked(profile, run_tokens)
+            return frozen.shapes, self._longer_or_shorter(frozen.shapes, asked)
+        if frozen is not None and self.section.share is not None:
+            asked = Quantity(Decimal(frozen.samples), "samples")
+        else:
+            asked = self._asked(profile, run_tokens)
+        shapes, samples, notes = lay_out(self.section, *self.shape, asked, self.where)
+        self.notes += notes
+        return shapes, samples
 
-    def _asked_tokens(self, phases: Phases, run_tokens: int | None) -> Fraction:
+    def _longer_or_shorter(self, shapes: StageShapes, asked: Quantity) -> int:
+        """Samples of a begun stage: what its last shape adds or leaves out, in whole batches of it."""
+        last = shapes.steps[-1]
+        before = shapes.in_unit(asked.unit, last.start)
+        each = {"tokens": last.batch_tokens, "samples": last.global_batch_size, "steps": 1}[asked.unit]
+        batches = max(1 if last.start == 0 else 0, int((Fraction(asked.amount) - before) / each + Fraction(1, 2)))
+        return last.start + batches * last.global_batch_size
+
+    def _asked(self, profile: MixtureProfile, run_tokens: int | None) -> Quantity:
         section = self.section
         given = [n for n in ("tokens", "steps", "samples", "share", "epochs") if getattr(section, n) is not None]
-        absolute = section.mixture_tokens is not None or section.mixture_epochs is not None
-        if len(given) > 1 or (not given and not absolute):
+        if len(given) > 1 or (not given and not self.mixture.is_absolute):
             said = " and ".join(given) if given else "nothing"
             raise ConfigError(
                 f"{self.where}: says {said} of its length: give one of tokens, steps, samples, share, epochs"
             )
-        if not given:
-            return sum(phases[0][1].values(), Fraction(0))
+        if section.steps is not None:
+            asked = Quantity(Decimal(section.steps), "steps")
+        elif section.samples is not None:
+            asked = Quantity(Decimal(section.samples), "samples")
+        else:
+            asked = Quantity(Decimal(round(self._asked_tokens(profile, run_tokens))), "tokens")
+        if asked.amount <= 0:
+            raise ConfigError(
+                f"{self.where}: its length is 0: give it tokens, steps, samples, a share or epochs above 0"
+            )
+        return asked
+
+    def _asked_tokens(self, profile: MixtureProfile, run_tokens: int | None) -> Fraction:
+        section = self.section
         if section.tokens is not None:
             return Fraction(section.tokens)
-        if section.steps is not None:
-            return Fraction(section.steps * self.batch * self.seq_length)
-        if section.samples is not None:
-            return Fraction(section.samples * self.seq_length)
         if section.share is not None:
             if run_tokens is None:
                 raise ConfigError(f"{self.where}: its length is a share of the run: set train.tokens")
             return Fraction(section.share) * run_tokens
-        return self._tokens_for_epochs(phases)
-
-    def _tokens_for_epochs(self, phases: Phases) -> Fraction:
-        asked = self.section.epochs
-        assert asked is not None
-        if asked.source not in self.sizes:
-            raise ConfigError(f"{self.where}: epochs names {asked.source!r}, which is not a source")
-        part = sum(
-            (share * weights.get(asked.source, Fraction(0)) / sum(weights.values()) for share, weights in phases),
-            Fraction(0),
-        )
-        if self.section.ramp_to is not None:
-            end = self._flat(self.section.ramp_to)
-            part = (part + end.get(asked.source, Fraction(0)) / sum(end.values())) / 2
+        if section.epochs is None:
+            return sum(self.mixture.amounts().values(), Fraction(0))
+        source = section.epochs.source
+        if source not in self.sizes:
+            raise ConfigError(f"{self.where}: epochs names {source!r}, which is not a source")
+        part = profile.mean().get(source, Fraction(0))
         if part == 0:
-            raise ConfigError(f"{self.where}: epochs counts {asked.source!r}, whose weight in the stage is zero")
-        return Fraction(asked.count) * self.sizes[asked.source] / part
+            raise ConfigError(f"{self.where}: epochs counts {source!r}, whose weight in the stage is zero")
+        return Fraction(section.epochs.count) * self.sizes[source] / part
 
     # -- exact weights ---------------------------------------------------------------------------------------------
 
-    def _weights(self, phases: Phases, samples: int) -> WeightFunction:
-        absolute = self.section.mixture_tokens is not None or self.section.mixture_epochs is not None
+    def _weights(self, profile: MixtureProfile, samples: int) -> WeightFunction:
         # A length in epochs is met to the sample, however long it is.
-        denominator = samples if absolute else max(samples if self.section.epochs else 1, DENOMINATOR)
-        try:
-            rounded = [round_shares(weights, denominator) for _, weights in phases]
-            if self.section.ramp_to is not None:
-                self._check_sum(self.section.ramp_to)
-                end = self._flat(self.section.ramp_to)
-                return WeightFunction.make([Segment(0, rounded[0], samples, round_shares(end, denominator))])
-        except ValueError as error:
-            raise ConfigError(f"{self.where}: {error}") from None
+        denominator = samples if self.mixture.is_absolute else max(samples if self.section.epochs else 1, DENOMINATOR)
+        starts = [0, *(int(border * samples + Fraction(1, 2)) for border in profile.borders())]
         segments: list[Segment] = []
-        begin = Fraction(0)
-        for (share, _), units in zip(phases, rounded, strict=True):
-            start = int(begin * samples + Fraction(1, 2))
-            if segments and start <= segments[-1].start:
+        for part, start, end in zip(profile.parts, starts, starts[1:], strict=False):
+            if end <= start:
                 raise ConfigError(f"{self.where}: a phase is shorter than one of its {samples} samples")
-            segments.append(Segment(start, units))
-            begin += share
+            try:
+                first = round_shares(part.first, denominator)
+                last = round_shares(part.last, denominator) if part.is_ramp else None
+            except ValueError as error:
+                raise ConfigError(f"{self.where}: {error}") from None
+            segments.append(Segment(start, first, end if last is not None else None, last))
         return WeightFunction.make(segments)
 
-    def _without_dry(self, weights: WeightFunction, samples: int) -> WeightFunction:
+    def _without_dry(self, weights: WeightFunction, shapes: StageShapes, samples: int) -> WeightFunction:
         """The weights with sources that run dry under `renormalise` taken out from where they do."""
         room = {
-            name: max(0, self.facts[name].cap_tokens - self.used[name]) // self.seq_length
+            name: max(0, self.facts[name].cap_tokens - self.used[name])
             for name in weights.sources
             if self.facts[name].dry == "renormalise"
         }
         if not room:
             return weights
-        solved, events = solve_events(weights, room, samples, self.where)
+        solved, events = solve_events(weights, room, samples, shapes, self.where)
         self.notes += [
             f"{name} runs dry at sample {at} of the stage: the others share its weight" for name, at in events
         ]
         return solved
 
-    def check_caps(self, counts: Mapping[str, int]) -> None:
+    def check_caps(self, tokens: Mapping[str, int]) -> None:
         """Refuses a stage that needs more of a source than its cap allows, where the source says dry = "error"."""
-        for name, count in counts.items():
+        for name, needed in tokens.items():
             fact = self.facts[name]
-            need = self.used[name] + count * self.seq_length
+            need = self.used[name] + needed
             if fact.dry != "error" or need <= fact.cap_tokens:
                 continue
             epochs = Fraction(need, max(1, fact.epoch_tokens))
             remedy = Decimal(ceil(epochs * 100)) / 100
+            excess = need - fact.cap_tokens
+            little = f" ({excess:,} tokens too many)" if excess * 100 < need else ""
             raise ConfigError(
                 f"{self.where}: source {name!r} runs dry: {format_count(need)} tokens of it are needed by the "
                 f"stage's end, that is {float(epochs):.2f} epochs of {format_count(fact.epoch_tokens)} tokens, and "
-                f"max_epochs is {fact.max_epochs}. Set sources.{name}.max_epochs = {remedy}, or sources.{name}.dry to "
-                f'"repeat" or "renormalise", or give it less weight'
+                f"max_epochs is {fact.max_epochs}{little}. Set sources.{name}.max_epochs = {remedy}, or "
+                f'sources.{name}.dry to "repeat" or "renormalise", or give it less weight'
             )
+
+
+def target_tokens(weights: WeightFunction, shapes: StageShapes, samples: int) -> dict[str, Fraction]:
+    """The integral of each source's weight over the first `samples` samples, in tokens."""
+    borders = sorted({0, samples, *(step.start for step in shapes.steps if step.start < samples)})
+    result = {}
+    for name in weights.sources:
+        targets = [weights.target(name, border) for border in borders]
+        parts = zip(borders, targets, targets[1:], strict=False)
+        result[name] = sum(
+            (shapes.at(border).seq_length * (end - begin) for border, begin, end in parts), start=Fraction(0)
+        )
+    return result
 
 
 def _as_frozen(name: str, fact: SourceFacts, frozen: FrozenStage | None) -> SourceFacts:

@@ -77,9 +77,10 @@ def _stage_rows(ledger: Ledger, rows: Sequence[dict[str, Any]]) -> list[tuple[st
     for stage in ledger.stages:
         own = [row for row in rows if row["training_stage"] == stage.name]
         shares = [sum(row["share"] for row in own if row["group"] == group) for group in _groups(rows)]
-        tokens = stage.samples * stage.seq_length
+        shapes = stage.stage_shapes
+        lengths = dict.fromkeys(str(step.seq_length) for step in shapes.steps if step.start < stage.samples)
         cells = (f"{100 * share:.1f} %" for share in shares)
-        table.append((stage.name, format_count(tokens), str(stage.seq_length), *cells))
+        table.append((stage.name, format_count(shapes.tokens_at(stage.samples)), ", ".join(lengths), *cells))
     return table
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from decimal import Decimal
+from fractions import Fraction
 from math import cos, pi, sqrt
 from typing import Any, Literal
 
@@ -144,10 +144,5 @@ def _start(section: LRSection, where: str, current: float | None) -> float | Non
 
 
 def _tokens(words: int | str, stage: TrainingStage) -> int:
-    quantity = parse_quantity(words)
-    tokens = quantity.in_tokens(
-        tokens_per_step=stage.global_batch_size * stage.seq_length,
-        seq_length=stage.seq_length,
-        stage_tokens=stage.tokens,
-    )
-    return int(tokens.to_integral_value(rounding="ROUND_HALF_UP")) if isinstance(tokens, Decimal) else int(tokens)
+    tokens = stage.shapes.tokens_of(parse_quantity(words), stage.samples)
+    return int(tokens + Fraction(1, 2))

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig, ValidationSection
+from megatron.data.fim import FimSentinels, source_rates
 from megatron.data.ledger import Ledger, SourceRecord, StageRecord
 from megatron.data.past import Today, check_past, check_words, frozen_stages, match_by_content, record_lr
 from megatron.data.samples import SampleStream
@@ -31,12 +32,13 @@ class ResolvedRun:
     lr: LRSchedule
     ledger: Ledger
     taken_cursors: Mapping[int, Ledger]
+    fim_sentinels: FimSentinels | None = None
     events: tuple[dict[str, Any], ...] = ()
 
     def stream(self) -> SampleStream:
         """The samples from the ledger's position on. It moves the ledger: make one stream of a resolved run."""
         records = tuple(law.to_json() for law in self.lr.laws)
-        return SampleStream(self.schedule, self.sources, self.ledger, records, self.taken_cursors)
+        return SampleStream(self.schedule, self.sources, self.ledger, records, self.taken_cursors, self.fim_sentinels)
 
     def stream_from_start(self) -> SampleStream:
         """The samples from the run's first on, as they were trained on, with a ledger of its own: for looking."""
@@ -45,7 +47,7 @@ class ResolvedRun:
             if "cursors" in record.taken:
                 taken[number] = replace(self.ledger, sources=self._at_start_of(record))
         ledger = replace(self.ledger, stages=[], sources={}, order=[0, 0], events=[])
-        return SampleStream(self.schedule, self.sources, ledger, taken_cursors=taken)
+        return SampleStream(self.schedule, self.sources, ledger, taken_cursors=taken, fim_sentinels=self.fim_sentinels)
 
     def _at_start_of(self, record: StageRecord) -> dict[str, SourceRecord]:
         return {
@@ -71,6 +73,7 @@ def resolve_run(
     *,
     ledger: Ledger | None = None,
     tokenizer: TokenizerIdentity | None = None,
+    fim_sentinels: FimSentinels | None = None,
     allow_lr_change: bool = False,
 ) -> ResolvedRun:
     """Opens the sources and resolves schedule and learning rate.
@@ -78,6 +81,7 @@ def resolve_run(
     Args:
         ledger: of the checkpoint that the run goes on from; None for a new run.
         tokenizer: checked against every source's files where given.
+        fim_sentinels: the tokenizer's, where it has them; needed where a tokenizer is given and a stage has a rate.
         allow_lr_change: permits another learning rate in a begun stage; it is recorded as an event.
 
     Raises ConfigError, DataError, and ChangedPastError where the config contradicts the ledger.
@@ -102,14 +106,18 @@ def resolve_run(
         run_tokens=config.train.tokens,
         begun=frozen_stages(ledger) if ledger is not None else (),
         taken={n: {name: row.lifetime_tokens for name, row in other.sources.items()} for n, other in taken.items()},
+        templates=config.templates,
+        fim=source_rates({name: section.fim for name, section in config.sources.items()}),
     )
+    if tokenizer is not None and fim_sentinels is None:
+        _refuse_fim(schedule, tokenizer.name)
     check_batches(schedule, config.train.micro_batch_size)
     lr = resolve_lr(config.stages, schedule)
     identity = tokenizer.fingerprint if tokenizer is not None else ""
     validation = validation_split(config.validation)
     if ledger is None:
         fresh = Ledger(seed=config.run.seed, tokenizer=identity, validation=validation)
-        return ResolvedRun(sources, schedule, lr, fresh, taken)
+        return ResolvedRun(sources, schedule, lr, fresh, taken, fim_sentinels)
     today = Today(
         seed=config.run.seed,
         tokenizer=identity or ledger.tokenizer,
@@ -119,7 +127,17 @@ def resolve_run(
     )
     check_past(ledger, schedule, today)
     events = record_lr(ledger, today, allow_lr_change)
-    return ResolvedRun(sources, schedule, lr, ledger, taken, tuple(events))
+    return ResolvedRun(sources, schedule, lr, ledger, taken, fim_sentinels, tuple(events))
+
+
+def _refuse_fim(schedule: Schedule, tokenizer: str) -> None:
+    for stage in schedule.stages:
+        for name, rates in stage.fim.items():
+            raise ConfigError(
+                f"stage {stage.name!r}: source {name!r} has a fill-in-the-middle rate of {rates.rate}, and the "
+                f"tokenizer {tokenizer} has no sentinels for it: train one with train_tokenizer --fim, name its "
+                "prefix, middle and suffix sentinels in tokenizer.fim, or leave fim out"
+            )
 
 
 def _taken_cursors(config: RunConfig, identities: Mapping[str, Mapping[str, Any]], begun: int) -> dict[int, Ledger]:
@@ -137,10 +155,12 @@ def _taken_cursors(config: RunConfig, identities: Mapping[str, Mapping[str, Any]
 def check_batches(schedule: Schedule, micro_batch_size: int) -> None:
     """Raises ConfigError for a training stage whose global batch is not whole microbatches."""
     for stage in schedule.stages:
-        whole, left = divmod(stage.global_batch_size, micro_batch_size)
-        if left:
-            near = [str(n * micro_batch_size) for n in (whole, whole + 1) if n]
-            raise ConfigError(
-                f"stage {stage.name!r}: global_batch_size {stage.global_batch_size} is not a multiple of "
-                f"micro_batch_size {micro_batch_size}: set train.global_batch_size to {' or '.join(near)}"
-            )
+        for shape in stage.shapes.steps:
+            whole, left = divmod(shape.global_batch_size, micro_batch_size)
+            if left:
+                near = [str(n * micro_batch_size) for n in (whole, whole + 1) if n]
+                raise ConfigError(
+                    f"stage {stage.name!r}: global_batch_size {shape.global_batch_size} is not a multiple of "
+                    f"micro_batch_size {micro_batch_size}: set train.global_batch_size to {' or '.join(near)} (or the "
+                    "stage's own, or that of its shapes or batch_ramp)"
+                )

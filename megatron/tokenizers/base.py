@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +17,33 @@ WRAPPER_VERSION = 1
 # Names under which published tokenizers keep their end-of-document token, the plainest first.
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|end▁of▁sentence|>")
 
-_MARKER = re.compile(r"<\S+>|\[[A-Z0-9_]+\]")
+# SentencePiece models write some with their word's space: \u2581<PRE>
+_MARKER = re.compile(r"\u2581?<\S+>|\[[A-Z0-9_]+\]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _never(text: str) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class PlainBpe:
+    """A tokenizer as plain byte-pair encoding, without its special tokens: what a fast library can be given.
+
+    Either `description`, the text of a Hugging Face tokenizer.json, or a tiktoken `rank_file` with the name of its
+    split pattern. A text goes through `prepare` first (None: as it is); a text for which `by_reference` is true must be
+    left to the tokenizer itself.
+    """
+
+    description: str = ""
+    rank_file: Path | None = None
+    pattern_name: str = ""
+    prepare: Callable[[str], str] | None = None
+    by_reference: Callable[[str], bool] = _never
+
+
+class NotPlainBpe(Exception):
+    """A tokenizer that has no equal as plain byte-pair encoding. Its text says why."""
 
 
 class Tokenizer(Protocol):
@@ -26,6 +52,10 @@ class Tokenizer(Protocol):
     @property
     def name(self) -> str:
         """The file's name, for people."""
+
+    @property
+    def library(self) -> str:
+        """The library that reads the file and its version, such as "sentencepiece 0.2.3"."""
 
     @property
     def vocab_size(self) -> int:
@@ -47,6 +77,13 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids. Special ids give nothing; bytes that are not UTF-8 give U+FFFD."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids by name of all tokens that text never becomes: the end of a document, FIM sentinels, chat markers."""
+
+    def plain_bpe(self) -> PlainBpe:
+        """The tokenizer for a fast library. Raises NotPlainBpe where there is none that gives the same ids."""
 
     def files(self) -> list[Path]:
         """The files that the tokenizer was read from; copied into checkpoints and exports."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron.tokenizers.base import fingerprint_of, utf8_of
+from megatron.tokenizers.base import NotPlainBpe, PlainBpe, fingerprint_of, utf8_of
 
 
 class ByteTokenizer:
     """Ids 0..255 are the bytes of the text's UTF-8, 256 ends a document."""
 
     name = "bytes"
+    library = "stagemix bytes"
     vocab_size = 257
     eod_id = 256
+    special_ids: Mapping[str, int] = {"<|endoftext|>": 256}
     fingerprint = fingerprint_of("bytes", b"", 256)
 
     def encode(self, text: str) -> list[int]:
@@ -24,6 +26,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def plain_bpe(self) -> PlainBpe:
+        raise NotPlainBpe("bytes need no other library")
 
     def files(self) -> list[Path]:
         return []

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from megatron.config.errors import DataError
-from megatron.tokenizers.base import EOD_NAMES, fingerprint_of, looks_like_marker, no_eod_error, stated_eos, utf8_of
+from megatron.tokenizers.base import (
+    EOD_NAMES,
+    PlainBpe,
+    fingerprint_of,
+    looks_like_marker,
+    no_eod_error,
+    stated_eos,
+    utf8_of,
+)
+from megatron.tokenizers.hugging_face_plain_bpe import plain_bpe_of_json
 
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -23,18 +32,20 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: Path, content: bytes) -> None:
-        self._path = path
-        self._tokenizer = _read(path, content)
+        self._path, self._content = path, content
+        self._tokenizer = _open(path, _read(path, content))
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise DataError(f"{path}: the vocabulary is empty")
         self.name = path.name
+        self.library = f"tokenizers {tokenizers.__version__}"
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod_id = _find_eod(path, vocabulary)
         self.fingerprint = fingerprint_of("tokenizers", content, self.eod_id)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special: dict[int, str] = {i: token.content for i, token in added.items() if token.special}
         self._special[self.eod_id] = next(name for name, i in vocabulary.items() if i == self.eod_id)
+        self.special_ids: Mapping[str, int] = {name: i for i, name in self._special.items()}
 
     def encode(self, text: str) -> list[int]:
         utf8_of(text)
@@ -47,6 +58,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         plain = [int(i) for i in ids if int(i) not in self._special]
         return self._tokenizer.decode(plain, skip_special_tokens=False)
+
+    def plain_bpe(self) -> PlainBpe:
+        normalizer = self._tokenizer.normalizer
+        return plain_bpe_of_json(_read(self._path, self._content), normalizer.normalize_str if normalizer else str)
 
     def files(self) -> list[Path]:
         return [self._path, *(p for name in _BESIDE if (p := self._path.parent / name).is_file())]
@@ -76,16 +91,26 @@ class HuggingFaceTokenizer:
         return ids
 
 
-def _read(path: Path, content: bytes) -> tokenizers.Tokenizer:
+def _read(path: Path, content: bytes) -> dict[str, Any]:
+    """The file's JSON, with every added token that looks like a marker made special."""
     try:
         described: dict[str, Any] = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}): the file was cut off or is no tokenizer.json") from None
-    if not isinstance(described, dict) or "model" not in described:
+    if not isinstance(described, dict) or not isinstance(described.get("model"), dict):
         raise DataError(f'{path}: no "model" in it: this is no Hugging Face tokenizer.json')
+    if described["model"].get("type") == "WordPiece":
+        raise DataError(
+            f"{path}: a WordPiece tokenizer drops white space, so that no text comes back from it: use a BPE or "
+            "Unigram tokenizer, or train one with train_tokenizer"
+        )
     for token in described.get("added_tokens") or []:
         if isinstance(token, dict) and looks_like_marker(str(token.get("content"))):
             token["special"] = True
+    return described
+
+
+def _open(path: Path, described: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(described))
     except Exception as error:  # the library raises bare Exception

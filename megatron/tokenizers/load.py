@@ -7,15 +7,16 @@ from pathlib import Path
 from megatron.config.errors import DataError
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.byte_level import ByteTokenizer
+from megatron.tokenizers.tiktoken_patterns import looks_like_ranks
 
 _IN_A_FOLDER = ("tokenizer.json", "tokenizer.model")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one of them.
+    """The tokenizer in a SentencePiece `.model`, a `tokenizer.json`, a tiktoken rank file, or a folder that holds one.
 
     The path "bytes" is the built-in byte tokenizer. Raises DataError where the file is missing, empty, damaged, of
-    neither kind, or has no end-of-document token.
+    no known kind, or has no end-of-document token; UnavailableError where the library that reads it is not installed.
     """
     if str(path) == "bytes":
         return ByteTokenizer()
@@ -31,6 +32,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         from megatron.tokenizers.hugging_face import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(file, content)
+    if looks_like_ranks(content):
+        from megatron.tokenizers.tiktoken_tokenizer import TiktokenTokenizer
+
+        return TiktokenTokenizer(file, content)
     from megatron.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
     return SentencePieceTokenizer(file, content)
@@ -41,10 +46,12 @@ def _file_of(path: Path) -> Path:
         for name in _IN_A_FOLDER:
             if (path / name).is_file():
                 return path / name
-        raise DataError(f"{path}: neither {' nor '.join(_IN_A_FOLDER)} is in this folder")
+        if len(ranks := sorted(path.glob("*.tiktoken"))) == 1:
+            return ranks[0]
+        raise DataError(f"{path}: neither {' nor '.join(_IN_A_FOLDER)} nor one .tiktoken file is in this folder")
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file: give a SentencePiece .model, a tokenizer.json, or `bytes`, "
+            f"{path}: no such file: give a SentencePiece .model, a tokenizer.json, a .tiktoken file, or `bytes`, "
             "or make one with train_tokenizer"
         )
     return path

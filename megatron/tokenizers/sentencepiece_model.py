@@ -1,7 +1,8 @@
 """The pieces inside a SentencePiece `.model` file, read without the protobuf package.
 
 The file is a protocol buffer; field 1, repeated, is a piece: 1 its text, 2 its score (float), 3 its kind (enum, 1 where
-absent), as sentencepiece_model.proto defines. Everything else in the file is skipped.
+absent), as sentencepiece_model.proto defines. Of the trainer's (2) and the normaliser's (3) settings only those are
+read that say how text becomes pieces. Everything else in the file is skipped.
 """
 
 from __future__ import annotations
@@ -41,6 +42,41 @@ def read_pieces(path: Path, content: bytes) -> list[Piece]:
     if not pieces:
         raise DataError(f"{path}: neither a SentencePiece model nor a Hugging Face tokenizer.json, or it was cut off")
     return pieces
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How a model treats text: its type (1 unigram, 2 BPE, 3 words, 4 characters), and what it does to white space.
+
+    `rewrites` is true where it changes characters (NFKC and the like) or drops spaces before it looks for pieces.
+    """
+
+    model_type: int
+    rewrites: bool
+    dummy_prefix: bool
+    plain_spaces: bool
+
+
+def read_text_rules(content: bytes) -> TextRules:
+    """The rules of a model whose pieces have been read (`read_pieces` finds damage)."""
+    trainer, normalizer = _settings(content, 2), _settings(content, 3)
+    return TextRules(
+        model_type=trainer.get(3, 1),
+        rewrites=normalizer.get(2, 0) > 0 or normalizer.get(4, 1) != 0,
+        dummy_prefix=normalizer.get(3, 1) != 0,
+        # spaces become U+2581 (normaliser's field 5), before the word rather than behind it (trainer's field 24)
+        plain_spaces=normalizer.get(5, 1) != 0 and trainer.get(24, 0) == 0,
+    )
+
+
+def _settings(content: bytes, message: int) -> dict[int, int]:
+    """Numbers of a settings message by field; of a field of bytes its length."""
+    found: dict[int, int] = {}
+    for field, wire, start, end in _fields(content, 0, len(content)):
+        if field == message and wire == _LENGTH:
+            for inner, inner_wire, at, stop in _fields(content, start, end):
+                found[inner] = _varint(content, at, stop)[0] if inner_wire == _VARINT else stop - at
+    return found
 
 
 def as_control(content: bytes, pieces: list[Piece]) -> bytes:

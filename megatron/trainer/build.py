@@ -14,6 +14,7 @@ from megatron.config.load import config_to_tables, config_to_toml
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.quantities import format_count
 from megatron.config.schema import RunConfig
+from megatron.data.fim import sentinels_of
 from megatron.data.ledger import Ledger
 from megatron.data.loader import BatchLoader, validation_batches
 from megatron.data.native import backend_name
@@ -27,7 +28,7 @@ from megatron.metrics.sinks import JsonlSink, Sink
 from megatron.planner.resolve import ResolvedRun, resolve_run
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.load import load_tokenizer
-from megatron.trainer.hooks import Checkpoint, Log, StopWhereNothingIsLearnt, Validate
+from megatron.trainer.hooks import Checkpoint, CompareOrder, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.loop import Run
 from megatron.trainer.resume import Start, check_shape, find_checkpoint, settle
 from megatron.trainer.run_folder import RunFolder
@@ -133,7 +134,14 @@ def _assemble(
     train, validation, names = config.train, config.validation, sorted(resolved.sources)
     state, engine, sinks, clock = saver.state, saver.engine, saver.sinks, StepClock()
     held_out = validation_batches(resolved.sources, config.model.seq_length, train.micro_batch_size, validation.samples)
-    loader = BatchLoader(resolved.stream(), resolved.sources, train.micro_batch_size, config.data.prefetch)
+    loader = BatchLoader(
+        resolved.stream(),
+        resolved.sources,
+        train.micro_batch_size,
+        config.data.prefetch,
+        workers=config.data.workers,
+        pin_memory=True,  # of effect only where there is a CUDA device to copy to
+    )
     run = Run(
         state=state,
         engine=engine,
@@ -143,6 +151,7 @@ def _assemble(
         stop_requested=stop_requested,
         hooks=[
             Log(sinks, names, clock),
+            CompareOrder(resolved.ledger.order),
             Validate(validation.every, engine, held_out, names, sinks, clock),
             StopWhereNothingIsLearnt(train.max_non_finite, saver.manager.newest_name),
             Checkpoint(config.checkpoint.every, saver, clock),
@@ -157,7 +166,10 @@ def _resolve(
 ) -> ResolvedRun:
     identity = TokenizerIdentity(tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size)
     ledger = Ledger.from_json(found.state["data"]) if found else None
-    return resolve_run(config, ledger=ledger, tokenizer=identity, allow_lr_change=allow_lr_change)
+    sentinels = sentinels_of(tokenizer, config.tokenizer.fim)
+    return resolve_run(
+        config, ledger=ledger, tokenizer=identity, fim_sentinels=sentinels, allow_lr_change=allow_lr_change
+    )
 
 
 def _engine(config: RunConfig, shape: ModelShape, precision: PrecisionChoice, found: CheckpointRef | None) -> Engine:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron.config.errors import NonFiniteError
+from megatron.data.ledger import add_to_order, hash_words
 from megatron.engines.base import Engine, MicrobatchLike
 from megatron.metrics.meters import StepClock
 from megatron.metrics.sinks import Sink
@@ -62,6 +63,27 @@ class Log:
             "data_seconds": round(spent.get("data", 0.0), 6),
             **aside,
         }
+
+
+class CompareOrder:
+    """Sums what was really loaded, sample by sample, and compares it with the order hash of the stream.
+
+    order: the hash's two words where the run goes on from. A difference is a bug of the loader or damaged memory, and
+    would train on other samples than the ledger says: RuntimeError, before anything is saved.
+    """
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self._order = list(order)
+
+    def __call__(self, step: Step) -> None:
+        """Adds the batch of `step` and compares."""
+        add_to_order(self._order, step.batch.loaded)
+        loaded, said = hash_words(self._order), step.batch.position["order"]
+        if loaded != said:
+            raise RuntimeError(
+                f"step {step.state.step}: the samples that were loaded have the order hash {loaded}, the ledger says "
+                f"{said}: nothing was saved since; go on from the last checkpoint, and report this"
+            )
 
 
 class Validate:

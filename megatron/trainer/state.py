@@ -37,6 +37,10 @@ class BatchLike(Protocol):
         """Sequences of each source."""
 
     @property
+    def loaded(self) -> tuple[int, int]:
+        """What the samples that were read for it add to the two sums of the order hash."""
+
+    @property
     def position(self) -> dict[str, Any]:
         """The data position after it, as JSON values."""
 

@@ -38,7 +38,7 @@ def test_B1_an_unknown_command_names_the_nearest(word: str, nearest: str, stagem
 
 
 def test_B1_a_word_near_nothing_lists_the_commands() -> None:
-    with pytest.raises(ConfigError, match="train_tokenizer, preprocess_data, plan"):
+    with pytest.raises(ConfigError, match="train_tokenizer, preprocess_data, merge_data, plan"):
         command_named("xyzzy")
 
 

@@ -40,7 +40,9 @@ def test_plan_prints_the_ledger_to_be(config_file: Path, capsys: pytest.CaptureF
     assert {row["source"]: row["samples"] for row in rows["stages"][1]["sources"]} == {"code": 4, "text": 36}
     assert plan.main([str(config_file)]) == 0
     shown = capsys.readouterr().out
-    assert "one" in shown and "50.00%" in shown and "Learning rate" in shown
+    assert "one" in shown and "Learning rate" in shown and "50.00%" not in shown
+    assert plan.main([str(config_file), "--detail"]) == 0
+    assert "50.00%" in capsys.readouterr().out
 
 
 def test_plan_needs_no_torch(config_file: Path) -> None:
@@ -60,7 +62,7 @@ def test_M3_inspect_data_is_a_witness(config_file: Path, capsys: pytest.CaptureF
     assert all(sum(end - start for _, start, end in row["pieces"]) == 16 for row in rows)
     assert inspect_data.main([str(config_file), "--samples", "77:85", "--jsonl"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows[77:85]
-    assert inspect_data.main([str(config_file), "--samples", "3:4", "--text"]) == 0
+    assert inspect_data.main([str(config_file), "--samples", "3:4"]) == 0
     assert "documents" in capsys.readouterr().out
 
 
@@ -106,6 +108,10 @@ def test_plan_checks_an_edited_config_against_a_run(
     [
         (["--samples", "5"], 2, "write A:B"),
         (["--samples", "900:901"], 2, "samples 0 to 119"),
+        (["--at", "9B tokens"], 2, "samples 0 to 119"),
+        (["--documents", "tex"], 2, "there are: code, text"),
+        (["--documents", "text:900:"], 2, "documents 0 to 59"),
+        (["--set", "tokenizer.path=nothing.model", "--text"], 3, "nothing.model"),
         (["--set", "sources.code.data=['nowhere']"], 3, "nowhere"),
     ],
 )

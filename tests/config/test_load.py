@@ -10,7 +10,7 @@ import pytest
 
 from megatron.config.errors import ConfigError
 from megatron.config.load import config_to_tables, config_to_toml, json_schema, load_config
-from megatron.config.quantities import format_count, parse_count, parse_quantity
+from megatron.config.quantities import Quantity, format_count, parse_count, parse_quantity
 
 TEXT = """\
 [run]
@@ -132,9 +132,8 @@ def test_B1_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_quantities() -> None:
     assert parse_count("1.5K") == 1500 and parse_count("2T") == 2 * 10**12 and parse_count(7) == 7
     assert parse_count("1_000") == 1000
-    quantity = parse_quantity("500 steps")
-    assert quantity.in_tokens(tokens_per_step=10, seq_length=5, stage_tokens=1) == 5000
-    assert parse_quantity("2%").in_tokens(tokens_per_step=1, seq_length=1, stage_tokens=1000) == 20
+    assert parse_quantity("500 steps") == Quantity(Decimal(500), "steps")
+    assert parse_quantity("2%") == Quantity(Decimal("0.02"), "share")
     for wrong in ("5X", "-3", "", "1.5", True, None, 1.5):
         with pytest.raises(ValueError, match=r"quantity|whole|negative"):
             parse_count(wrong)

@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, check_vocab, dtype_for_vocab
+from megatron.data.indexed_dataset import IndexedDataset, check_vocab
+from megatron.data.indexed_format import dtype_for_vocab
+from megatron.data.indexed_writer import IndexedDatasetWriter
 
 HEADER_BYTES = 34
 CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "H": 8}
@@ -61,7 +63,8 @@ def test_reads_files_laid_out_by_hand(tmp_path: Path, letter: str) -> None:
     assert data.document_starts().tolist() == [0, 3, 3, 4, 6]
     assert [data.tokens(d).tolist() for d in range(4)] == [[1, 2, 3], [], [4], [5, 6]]
     assert data.tokens(0, 1, 3).tolist() == [2, 3]
-    assert data.document_lengths().dtype == data.document_starts().dtype == np.int64
+    assert data.document_lengths().dtype == np.int32  # the mapped sizes themselves
+    assert data.document_starts().dtype == np.int64
     assert data.manifest is None
 
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixture_cases import functions, groups_for
 
 from megatron.data.mixture import PlainMixture, open_mixture
 from megatron.data.native import native
@@ -14,33 +15,6 @@ from megatron.data.weight_function import Segment, WeightFunction
 from megatron.data.weights import round_shares
 
 needs_native = pytest.mark.skipif(native() is None, reason="the C++ extension was not built")
-
-
-@st.composite
-def functions(draw: st.DrawFn, most_sources: int = 8, longest: int = 60) -> WeightFunction:
-    """Random piecewise linear weights: constants, steps and ramps, with zeros, sources that join late or leave."""
-    names = [f"s{index}" for index in range(draw(st.integers(1, most_sources)))]
-    denominator = draw(st.sampled_from([7, 10, 97, 1000, 10**6]))
-
-    def weights() -> dict[str, int]:
-        raw = draw(st.lists(st.integers(0, 20), min_size=len(names), max_size=len(names)))
-        if not any(raw):
-            raw[0] = 1
-        return round_shares(dict(zip(names, map(Fraction, raw), strict=True)), max(denominator, len(names)))
-
-    segments: list[Segment] = []
-    start = 0
-    for _ in range(draw(st.integers(1, 4))):
-        length = draw(st.integers(1, longest))
-        ramp = draw(st.booleans())
-        segments.append(Segment(start, weights(), start + length if ramp else None, weights() if ramp else None))
-        start += length
-    return WeightFunction.make(segments)
-
-
-@st.composite
-def groups_for(draw: st.DrawFn, function: WeightFunction) -> dict[str, str]:
-    return {name: draw(st.sampled_from(["code", "text", name])) for name in function.sources}
 
 
 def within_one(function: WeightFunction, order: list[int], offset: int = 0) -> None:

@@ -16,8 +16,9 @@ from mixed_runs import NAMES, SIZES, TWO, begun, config_of, edited, samples_of, 
 
 from megatron.commands.inspect_data import samples_between
 from megatron.config.errors import ChangedPastError, ConfigError
+from megatron.data.assembly import assemble
 from megatron.data.ledger import Ledger
-from megatron.data.samples import Sample, assemble
+from megatron.data.samples import Sample
 from megatron.planner.resolve import resolve_run
 
 
@@ -197,7 +198,7 @@ def test_M4_sources_join_late_leave_and_come_back_where_they_were(corpora: Path)
         (edited({"samples": 44}), {}, "finished with 40"),
         (edited({}, {"mixture": {"code": 0.2, "text": 0.8}}), {}, "stage 'two'"),
         (edited({}, {"samples": 8}), {}, "are consumed"),
-        (edited({}, {"seq_length": 8, "samples": 80}), {}, "seq_length"),
+        (edited({}, {"seq_length": 8, "samples": 80}), {}, "sequence length"),
         (edited({"lr": {"peak": 0.002}}), {}, "learning rate"),
         (TWO[:1], {}, "gone"),
         (TWO, {"run": {"name": "t", "output": "x", "seed": 8}}, "run.seed"),

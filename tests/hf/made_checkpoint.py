@@ -15,7 +15,7 @@ from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
 from megatron.config.load import config_from_tables, config_to_toml
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import RunConfig
-from megatron.data.indexed_dataset import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.models.decoder import Decoder
 from megatron.models.initialise import initialise
 from megatron.planner.resolve import resolve_run

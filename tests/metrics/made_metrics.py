@@ -118,13 +118,13 @@ def _ledger(run: ResolvedRun, steps: int) -> Ledger:
             continue
         chosen = [stage.weights.sources[i] for i in open_mixture(stage.weights, stage.groups()).take(samples).tolist()]
         use = {n: SourceUse(chosen.count(n), chosen.count(n) * SEQ) for n in stage.weights.sources}
-        place = (stage.name, stage.start_sample, stage.start_token, stage.samples, SEQ, BATCH, stage.cursor)
+        place = (stage.name, stage.start_sample, stage.start_token, stage.samples, [[0, SEQ, BATCH]], "", stage.cursor)
         caps = {n: [str(fact.max_epochs), fact.dry] for n, fact in stage.facts.items()}
         sizes = {n: fact.epoch_tokens for n, fact in stage.facts.items()}
         law = run.lr.laws[stage.index].to_json()
         weights = stage.weights.to_json()
         used = dict(stage.used_before)
-        ledger.stages.append(StageRecord(*place, weights, sizes, used, caps, law, samples=samples, use=use))
+        ledger.stages.append(StageRecord(*place, weights, sizes, used, caps, {}, law, samples=samples, use=use))
     return ledger
 
 

@@ -1,0 +1,1 @@
+"""Raw corpora: which files, how each format is read, cleaning, duplicates, decontamination."""

@@ -1,0 +1,175 @@
+"""What a reader of a plan should know before paying for the run, the gravest first; and what `train` will refuse.
+
+A plan needs neither data nor a tokenizer, so that what only `train` needs is a warning here and no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.config.quantities import format_count
+from megatron.config.schema import ParallelSection
+from megatron.planner.repetition import MUCH_REPEATED
+
+GRAVITIES = ("high", "medium", "low")
+_JUMP = 0.01  # of the larger rate: less is rounding of a law's end
+
+Warned = dict[str, Any]
+
+
+def warnings_of(
+    plan: Mapping[str, Any], tokenizer: str, parallel: ParallelSection, has_sentinels: bool = True
+) -> list[Warned]:
+    """The warnings of a plan from `plan_of`, by gravity: objects with "gravity", "kind", "text" and, where there are
+    such, "stage", "source" and "exit_code" (of `train`, which would refuse).
+
+    Args:
+        tokenizer: `tokenizer.path`.
+        parallel: `[parallel]`.
+        has_sentinels: whether that tokenizer, where it is there, has sentinels for fill-in-the-middle.
+    """
+    found = [
+        *_refused_layouts(parallel),
+        *_repeated(plan),
+        *_missing_tokenizer(tokenizer),
+        *(() if has_sentinels else _without_sentinels(plan, tokenizer)),
+        *_dry(plan),
+        *_never_used(plan),
+        *_jumps(plan),
+        *_stage_notes(plan),
+        *_planned_only(plan),
+    ]
+    return sorted(found, key=lambda row: GRAVITIES.index(row["gravity"]))
+
+
+def _refused_layouts(parallel: ParallelSection) -> Iterator[Warned]:
+    """One process is what this version trains on: it is what `[parallel]` says where nothing is said."""
+    default = ParallelSection()
+    for key in type(parallel).model_fields:
+        asked, allowed = getattr(parallel, key), getattr(default, key)
+        if asked != allowed:
+            words = str(allowed).lower() if isinstance(allowed, bool) else repr(allowed).replace("'", '"')
+            yield {
+                "gravity": "high",
+                "kind": "train-refuses",
+                "exit_code": 6,
+                "text": f"train will refuse parallel.{key} = {str(asked).lower()}: it runs on one process yet; set "
+                f"parallel.{key} = {words} or leave it out",
+            }
+
+
+def _repeated(plan: Mapping[str, Any]) -> Iterator[Warned]:
+    few = []
+    for row in sorted(plan["sources"], key=lambda row: (-row["epochs_after"][-1], row["source"])):
+        most = row["epochs_after"][-1]
+        marks = {mark["epochs"]: mark for mark in row["passes"]}
+        if MUCH_REPEATED in marks:
+            mark = marks[MUCH_REPEATED]
+            yield {
+                "gravity": "high",
+                "kind": "repetition",
+                "source": row["source"],
+                "text": f"{row['source']} is trained on for {most:.2f} epochs, above {MUCH_REPEATED} from token "
+                f"{format_count(mark['token'])} (step {mark['step']:,}, stage {mark['stage']!r}) on: there repeated "
+                "tokens are worth much less than new ones (arXiv 2305.16264)",
+            }
+        elif marks:
+            few.append(f"{row['source']} {most:.2f}")
+    if few:
+        text = f"repeated, at most {MUCH_REPEATED} epochs: {', '.join(few)} epochs in all"
+        yield {"gravity": "low", "kind": "repetition", "text": text}
+
+
+def _missing_tokenizer(path: str) -> Iterator[Warned]:
+    if path != "bytes" and not Path(path).exists():
+        yield {
+            "gravity": "medium",
+            "kind": "train-refuses",
+            "exit_code": 3,
+            "text": f"train will refuse tokenizer.path = {path!r}: there is no such file yet; make it with "
+            "train_tokenizer, or name another",
+        }
+
+
+def _without_sentinels(plan: Mapping[str, Any], path: str) -> Iterator[Warned]:
+    for stage in plan["stages"]:
+        if stage["fim"]:
+            names = ", ".join(stage["fim"])
+            yield {
+                "gravity": "medium",
+                "kind": "train-refuses",
+                "exit_code": 2,
+                "stage": stage["name"],
+                "text": f"train will refuse fill-in-the-middle of {names} in stage {stage['name']!r}: "
+                f"the tokenizer {path} has no sentinels for it",
+            }
+
+
+def _dry(plan: Mapping[str, Any]) -> Iterator[Warned]:
+    after = {
+        "renormalise": "the others share its weight from there on",
+        "repeat": "it goes on past its cap",
+        "error": "a stage that asked for more of it would be refused",
+    }
+    for row in sorted((row for row in plan["sources"] if "dry_at" in row), key=lambda row: row["dry_at"]["token"]):
+        dry = row["dry_at"]
+        yield {
+            "gravity": "medium",
+            "kind": "dry",
+            "source": row["source"],
+            "stage": dry["stage"],
+            "text": f"{row['source']} runs dry at token {format_count(dry['token'])} (step {dry['step']:,}, stage "
+            f"{dry['stage']!r}): its cap of {row['max_epochs']:g} epochs is used up; {after[dry['policy']]}",
+        }
+
+
+def _never_used(plan: Mapping[str, Any]) -> Iterator[Warned]:
+    for row in plan["sources"]:
+        if not row["tokens"]:
+            yield {
+                "gravity": "medium",
+                "kind": "never-used",
+                "source": row["source"],
+                "text": f"{row['source']} is never used: no stage gives it a weight",
+            }
+
+
+def _jumps(plan: Mapping[str, Any]) -> Iterator[Warned]:
+    for stage in plan["stages"]:
+        before, after = stage["lr_before"], stage["lr_start"]
+        if before is not None and abs(before - after) > _JUMP * max(before, after):
+            name = stage["name"]
+            text = f"the learning rate jumps from {before:.3g} to {after:.3g} where stage {name!r} begins "
+            text += '(start = "current" goes on from where it was)'
+            yield {"gravity": "medium", "kind": "lr-jump", "stage": name, "text": text}
+
+
+def _stage_notes(plan: Mapping[str, Any]) -> Iterator[Warned]:
+    """What resolution noted, without what other warnings and "asked_tokens" say better."""
+    for stage in plan["stages"]:
+        where = f"stage {stage['name']!r}"
+        for note in stage["notes"]:
+            if "normalised" in note:
+                yield {"gravity": "low", "kind": "normalised", "stage": stage["name"], "text": f"{where}: {note}"}
+            elif "tokens asked" in note:
+                if stage.get("asked_tokens") is None:
+                    yield {"gravity": "low", "kind": "rounded", "stage": stage["name"], "text": f"{where}: {note}"}
+            elif "runs dry" not in note or " at sample 0 " in note:
+                yield {"gravity": "low", "kind": "note", "stage": stage["name"], "text": f"{where}: {note}"}
+        if stage["cursor"] == "restart":
+            text = f"{where}: every source starts from its beginning: tokens are trained on again"
+            yield {"gravity": "medium", "kind": "restart", "stage": stage["name"], "text": text}
+
+
+def _planned_only(plan: Mapping[str, Any]) -> Iterator[Warned]:
+    names = [row["source"] for row in plan["sources"] if row["planned_only"]]
+    if names:
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        yield {
+            "gravity": "low",
+            "kind": "train-refuses",
+            "exit_code": 3,
+            "text": f"planned by size, without data yet, which train needs where they are used: {shown}",
+        }

@@ -1,0 +1,1 @@
+"""Corpora to indexed datasets: blocks of work, worker processes, resumable parts, the merge."""
