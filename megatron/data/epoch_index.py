@@ -217,9 +217,9 @@ class SourceOrder:
 
         if self._cache_dir is None or table.piece_count <= STRIDE:
             return make_epoch_order(table, epoch, key, build())  # one entry, always 0: not worth a file
-        identity = f"stagemix order 1|{self.seed}|{self.fingerprint}|{self.piece_tokens}|{epoch}"
+        identity = f"stagemix order 2|{self.seed}|{self.fingerprint}|{self.piece_tokens}|{epoch}"
         digest = sha256(identity.encode()).hexdigest()
-        index = IndexKey(digest, key, table.piece_count, table.epoch_tokens)
+        index = IndexKey(digest, key, table.piece_count, self.piece_tokens, table.epoch_tokens)
         return make_epoch_order(table, epoch, key, open_or_build(self._cache_dir, index, build))
 
 

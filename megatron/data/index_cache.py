@@ -3,10 +3,11 @@
 A file's name is a digest of all that its content depends on, and nothing else, so that every arm of a study shares
 it. Two jobs that build the same one at once write the same bytes; the later rename replaces the earlier one's.
 
-Layout, little endian: magic `STGXORD1`, u32 stride, u32 zero, u64 permutation key, u64 pieces, u64 tokens,
-u64 entries, 32 bytes name digest, 32 bytes checksum, 16 bytes zero; then the entries, u64 each. The checksum is
-blake2b-256 of the fields before it and the entries: at 1 GB/s it reads the index of 10M documents (2.5 MB) in
-2.5 ms, needs nothing but the standard library, and sees any damage, where a crc32 (as fast) would miss one in 2^32.
+Layout, little endian: magic `STGXORD2`, u32 stride, u32 bytes of an entry (4, or 8 where a stride of pieces may hold
+2^32 tokens), u64 permutation key, u64 pieces, u64 tokens, u64 entries, 32 bytes name digest, 32 bytes checksum, 16 bytes
+zero; then the entries: the tokens of each stride of pieces, whose running sums are what is given out. 10M documents take
+1.25 MB. The checksum is blake2b-256 of the fields before it and the entries: it reads 1 GB/s, needs nothing but the
+standard library, and sees any damage, where a crc32 (as fast) would miss one in 2^32.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron.config.errors import StorageError
 from megatron.data.permutation import Words
 from megatron.data.piece_table import STRIDE
 
-_MAGIC = b"STGXORD1"
+_MAGIC = b"STGXORD2"
 _FIELDS = struct.Struct("<8sIIQQQQ32s")
 _CHECKSUM_BYTES = 32
 _HEADER_BYTES = 128
@@ -42,12 +44,18 @@ class IndexKey:
     digest: str
     permutation_key: int
     pieces: int
+    piece_tokens: int
     tokens: int
 
     @property
     def entries(self) -> int:
         """Entries of the sparse sums."""
         return -(-self.pieces // STRIDE)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of an entry: no stride of pieces holds more tokens than all of them."""
+        return 4 if min(self.tokens, STRIDE * self.piece_tokens) < 2**32 else 8
 
     @property
     def file_name(self) -> str:
@@ -60,7 +68,7 @@ class DamagedIndex(Exception):
 
 
 def open_or_build(folder: Path, key: IndexKey, build: Callable[[], Words]) -> Words:
-    """The sparse sums of `key`: mapped from its file in the folder, or built, published there and mapped.
+    """The sparse sums of `key`: read from its file in the folder, or built, published there and read.
 
     A damaged file is named on stderr and built anew. Raises StorageError where the folder cannot be read, or lacks
     the file and cannot be written.
@@ -86,19 +94,21 @@ def open_or_build(folder: Path, key: IndexKey, build: Callable[[], Words]) -> Wo
 
 
 def read_index(path: Path, key: IndexKey) -> Words:
-    """The sparse sums in a file, memory-mapped. Raises DamagedIndex unless file, key and checksum agree; OSError."""
+    """The sparse sums in a file, uint64 [entries]. Raises DamagedIndex unless file, key and checksum agree; OSError."""
     with path.open("rb") as file:
         header = file.read(_HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
-        expected = _HEADER_BYTES + 8 * key.entries
+        expected = _HEADER_BYTES + key.entry_bytes * key.entries
         if size != expected:
             raise DamagedIndex(f"it has {size} bytes where {expected} are needed")
         fields = _header_fields(key)
         if header[: _FIELDS.size] != fields:
             raise DamagedIndex("its header is not the one that its name stands for")
-        sums: Words = np.memmap(file, dtype="<u8", mode="r", offset=_HEADER_BYTES, shape=(key.entries,))
-    if header[_FIELDS.size :] != _checksum(fields, sums).ljust(_HEADER_BYTES - _FIELDS.size, b"\0"):
+        strides = np.fromfile(file, dtype=f"<u{key.entry_bytes}", count=key.entries)
+    if header[_FIELDS.size :] != _checksum(fields, strides).ljust(_HEADER_BYTES - _FIELDS.size, b"\0"):
         raise DamagedIndex("its checksum does not match its content")
+    sums: Words = np.zeros(key.entries, np.uint64)
+    np.cumsum(strides[:-1], out=sums[1:])
     return sums
 
 
@@ -107,11 +117,12 @@ def publish(path: Path, key: IndexKey, sums: Words) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
     fields = _header_fields(key)
+    strides = np.diff(sums, append=np.uint64(key.tokens)).astype(f"<u{key.entry_bytes}")
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write((fields + _checksum(fields, sums)).ljust(_HEADER_BYTES, b"\0"))
-            file.write(np.ascontiguousarray(sums, dtype="<u8").data)
+            file.write((fields + _checksum(fields, strides)).ljust(_HEADER_BYTES, b"\0"))
+            file.write(strides.data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp's 0600 would hide it from colleagues who share the cache
@@ -136,10 +147,12 @@ def _clear_leftovers(path: Path) -> None:
 
 def _header_fields(key: IndexKey) -> bytes:
     digest = bytes.fromhex(key.digest)
-    return _FIELDS.pack(_MAGIC, STRIDE, 0, key.permutation_key, key.pieces, key.tokens, key.entries, digest)
+    return _FIELDS.pack(
+        _MAGIC, STRIDE, key.entry_bytes, key.permutation_key, key.pieces, key.tokens, key.entries, digest
+    )
 
 
-def _checksum(fields: bytes, sums: Words) -> bytes:
+def _checksum(fields: bytes, strides: npt.NDArray[np.unsignedinteger]) -> bytes:
     digest = blake2b(fields, digest_size=_CHECKSUM_BYTES)
-    digest.update(np.ascontiguousarray(sums, dtype="<u8").data)
+    digest.update(strides.data)
     return digest.digest()

@@ -11,6 +11,7 @@ import json
 import os
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,7 @@ class IndexedDatasetWriter:
         self._described_tokens = 0
         self._max_sequence_tokens = max_sequence_tokens
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
         self._finished = False
         refuse_existing(self.prefix, overwrite)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +97,9 @@ class IndexedDatasetWriter:
     def write_tokens(self, ids: NDArray[Any], highest_id: int) -> None:
         """Ids of the writer's dtype, known to be in 0..highest_id; `end_documents` says where documents end in them."""
         content = np.ascontiguousarray(ids, self.dtype.newbyteorder("<")).view(np.uint8).data
+        hashed = self._hasher.submit(self._digest.update, content)  # both leave the GIL
         self._file.write(content)
-        self._digest.update(content)
+        hashed.result()
         self.token_count += len(ids)
         self.max_token_id = max(self.max_token_id, highest_id)
 
@@ -154,6 +157,7 @@ class IndexedDatasetWriter:
 
     def abandon(self) -> None:
         """Remove what was written so far. Nothing that was published is touched."""
+        self._hasher.shutdown()
         with suppress(OSError):  # on a full disk, closing tries once more to write what is buffered
             self._file.close()
         if not self._finished:

@@ -100,13 +100,16 @@ def preprocess(
     refuse_published(prefix, overwrite)
     work = _Work(inputs, files_from, str(tokenizer), options, whole, folder, restart, progress)
     with _resumable(folder), tools_released(), signals_stop(), workers_started(workers) as pool:
-        described = [pool.submit(describe_tokenizer, work.tokenizer, options.encoder) for _ in range(workers)]
+        described = [
+            pool.submit(describe_tokenizer, work.tokenizer, options.encoder, (number, workers))
+            for number in range(workers)
+        ]
         skipped: Counter[str] = Counter()
         files = select_files(inputs, files_from, options.read, skipped)
         with locked(folder / IN_USE, shared=True, patience=10.0) as in_use:
             if in_use is None:
                 raise DataError(f"{folder}: another process is merging these parts now")
-            plan = work.agreed_plan(in_use, files, described[0].result(), dict(sorted(skipped.items())))
+            plan = work.agreed_plan(in_use, files, _agreed([f.result() for f in described]), skipped)
             with locked(shard_lock(folder, whole), shared=False) as mine:
                 if mine is None:
                     raise DataError(f"{folder}: another process is making these parts now (shard {whole})")
@@ -118,6 +121,11 @@ def preprocess(
                     raise DataError(f"{folder}: another process is using these parts now")
                 manifest = merge_parts(prefix, plan, overwrite=overwrite, keep_parts=keep_parts)
     return Outcome(manifest, queue.made, queue.kept, queue.peak_memory, notes)
+
+
+def _agreed(described: Sequence[TokenizerFacts]) -> TokenizerFacts:
+    """What the workers say together: the reference, where a share of the proof failed in one of them."""
+    return next((facts for facts in described if facts.backend == facts.library), described[0])
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ class _Work:
     progress: Callable[[Progress], None] | None
 
     def agreed_plan(
-        self, in_use: FolderLock, files: Sequence[InputFile], facts: TokenizerFacts, skipped: dict[str, int]
+        self, in_use: FolderLock, files: Sequence[InputFile], facts: TokenizerFacts, skipped: Counter[str]
     ) -> WorkPlan:
         """This run's plan, which is also the one in the folder. Raises ConfigError where another one is there."""
         present = FileList.of(files)
@@ -148,7 +156,7 @@ class _Work:
             dtype_for_vocab(facts.vocab_size).name,
             self.options.block_bytes or block_bytes_for(present.total_bytes),
             self.shard.count,
-            skipped,
+            dict(sorted(skipped.items())),
         )
         # one after another: all shards of an array may begin at the same moment
         with locked(self.folder / "plan.lock", shared=False, patience=120.0) as beginning:
@@ -184,7 +192,7 @@ class _Work:
                 plan=plan.fingerprint,
                 tokenizer=self.tokenizer,
                 fingerprint=plan.content["tokenizer"]["fingerprint"],
-                encoder="reference" if encoder.reference else self.options.encoder,
+                encoder="reference" if encoder.backend == plan.content["tokenizer_library"] else self.options.encoder,
                 backend=encoder.backend,
                 read=self.options.read,
                 cleaning=None if cleaning == CleaningOptions() else cleaning,

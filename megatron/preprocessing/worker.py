@@ -86,9 +86,12 @@ class _Tools:
 _held: dict[str, Any] = {}
 
 
-def describe_tokenizer(path: str, encoder: Backend) -> TokenizerFacts:
-    """Open a tokenizer and its encoder, keep both for the tasks that follow, and tell about them."""
-    tokenizer, opened = _opened(path, encoder)
+def describe_tokenizer(path: str, encoder: Backend, proof: tuple[int, int]) -> TokenizerFacts:
+    """Open a tokenizer and its encoder, keep both for the tasks that follow, and tell about them.
+
+    proof: the share of the encoder's start-up proof that falls to this call.
+    """
+    tokenizer, opened = _opened(path, encoder, proof)
     return TokenizerFacts(
         tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.library, opened.backend, opened.note
     )
@@ -221,7 +224,7 @@ def _bad_record(record: BadRecord, line: int | None) -> DataError:
 def _tools(job: Job) -> _Tools:
     tools: _Tools | None = _held.get("tools")
     if tools is None or tools.job != job:
-        tokenizer, encoder = _opened(job.tokenizer, job.encoder)
+        tokenizer, encoder = _opened(job.tokenizer, job.encoder, None)
         if tokenizer.fingerprint != job.fingerprint:
             raise DataError(f"{job.tokenizer}: the file was changed while preprocessing ran")
         if encoder.backend != job.backend:
@@ -242,11 +245,11 @@ def _cleaning_tools(options: CleaningOptions | None) -> tuple[Cleaner | None, Si
     return Cleaner(options) if judges else None, Signer(options) if options.finds_duplicates else None
 
 
-def _opened(path: str, backend: Backend) -> tuple[Tokenizer, Encoder]:
+def _opened(path: str, backend: Backend, proof: tuple[int, int] | None) -> tuple[Tokenizer, Encoder]:
     key, held = (path, backend), _held.get("tokenizer")
-    if held is None or held[0] != key:
-        tokenizer = load_tokenizer(path)
-        held = (key, tokenizer, open_encoder(tokenizer, dtype_for_vocab(tokenizer.vocab_size), backend))
+    if held is None or held[0] != key or proof is not None:
+        tokenizer = held[1] if held is not None and held[0][0] == path else load_tokenizer(path)
+        held = (key, tokenizer, open_encoder(tokenizer, dtype_for_vocab(tokenizer.vocab_size), backend, proof))
         _held["tokenizer"] = held
     return held[1], held[2]
 

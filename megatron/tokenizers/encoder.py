@@ -70,12 +70,17 @@ class ReferenceEncoder:
         return np.fromiter(closed, self._dtype, count=int(lengths.sum())), lengths
 
 
-def open_encoder(tokenizer: Tokenizer, dtype: DTypeLike, backend: Backend = "auto") -> Encoder:
+def open_encoder(
+    tokenizer: Tokenizer, dtype: DTypeLike, backend: Backend = "auto", proof: tuple[int, int] | None = (0, 1)
+) -> Encoder:
     """The encoder of a tokenizer, with ids of `dtype`.
 
     "reference" is the tokenizer itself. "fast" is gigatoken, or an UnavailableError that says why it cannot be.
     "auto" is fast where gigatoken is installed, reads this kind of file and passes the start-up proof; else the
     reference, with the reason in `note`. Raises ConfigError where the ids do not fit the dtype.
+
+    proof: (i, n) for the i-th of n shares of the start-up proof, for processes that share it out; None for no proof,
+    where another process has given it.
     """
     kind = np.dtype(dtype)
     if kind.kind not in "iu" or tokenizer.vocab_size - 1 > np.iinfo(kind).max:
@@ -84,7 +89,9 @@ def open_encoder(tokenizer: Tokenizer, dtype: DTypeLike, backend: Backend = "aut
         return ReferenceEncoder(tokenizer, kind)
     try:
         fast = GigatokenEncoder(tokenizer, kind)
-        check_sample(fast, tokenizer, list(hard_texts(tokenizer)))
+        if proof is not None:
+            number, shares = proof
+            check_sample(fast, tokenizer, list(hard_texts(tokenizer))[number::shares])
         return fast
     except NotPlainBpe as error:
         reason = str(error)

@@ -36,35 +36,43 @@ class GigatokenEncoder:
         self._tokenizer, self._dtype, self._cache_bytes = tokenizer, np.dtype(dtype), cache_bytes
         self.backend = f"gigatoken {_installed_version()}"
         self._plain = tokenizer.plain_bpe()
-        self._special = _SpecialIds(tokenizer)
+        self._special = _special_ids(tokenizer)
         self._eod = np.array([tokenizer.eod_id], np.uint32)
         self._open()
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
-        lengths = np.empty(len(texts), np.int64)
+        if not texts:
+            return np.empty(0, self._dtype), np.empty(0, np.int64)
         parts: list[NDArray[np.uint32]] = []
-        for number, text in enumerate(texts):
-            ids = self._encode(text)
-            lengths[number] = len(ids) + 1
-            parts += (ids, self._eod)
-            self._encoded += len(text)
-        # every id was checked to fit the dtype when the encoder was opened
-        joined = np.concatenate(parts, dtype=self._dtype, casting="unsafe") if parts else np.empty(0, self._dtype)
+        for text in texts:
+            parts += (self._encode(text), self._eod)
+        joined = self._joined(parts)
+        if np.count_nonzero(self._special[joined]) != len(texts):  # more than the documents' ends
+            for number, text in enumerate(texts):
+                if self._special[parts[2 * number]].any():
+                    parts[2 * number] = self._by_reference(text)
+            joined = self._joined(parts)
+        lengths = np.fromiter(map(len, parts[::2]), np.int64, len(texts)) + 1
         del parts
+        self._encoded += sum(map(len, texts))
         self._open_again_if_grown()
         return joined, lengths
 
+    def _joined(self, parts: list[NDArray[np.uint32]]) -> NDArray[np.integer[Any]]:
+        # every id was checked to fit the dtype when the encoder was opened
+        return np.concatenate(parts, dtype=self._dtype, casting="unsafe")
+
     def _encode(self, text: str) -> NDArray[np.uint32]:
-        if not self._plain.by_reference(text):
-            try:
-                ids: NDArray[np.uint32] = self._engine.encode(
-                    self._plain.prepare(text) if self._plain.prepare else text
-                )
-            except (TypeError, RuntimeError, UnicodeEncodeError):
-                utf8_of(text)  # where a lone surrogate is the reason, it says where
-                raise
-            if not self._special.any_in(ids):
-                return ids
+        if self._plain.by_reference(text):
+            return self._by_reference(text)
+        try:
+            ids: NDArray[np.uint32] = self._engine.encode(self._plain.prepare(text) if self._plain.prepare else text)
+        except (TypeError, RuntimeError, UnicodeEncodeError):
+            utf8_of(text)  # where a lone surrogate is the reason, it says where
+            raise
+        return ids
+
+    def _by_reference(self, text: str) -> NDArray[np.uint32]:
         return np.array(self._tokenizer.encode(text), np.uint32)
 
     def _open(self) -> None:
@@ -81,22 +89,11 @@ class GigatokenEncoder:
             self._open()
 
 
-class _SpecialIds:
-    """Finds ids that text must never give; most lie at the ends of the vocabulary, where two comparisons find them."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        special = np.zeros(tokenizer.vocab_size, np.bool_)
-        special[list(tokenizer.special_ids.values())] = True
-        plain = np.flatnonzero(~special)
-        self._first, self._last = (int(plain[0]), int(plain[-1])) if len(plain) else (1, 0)
-        self._inner = np.flatnonzero(special[self._first : self._last + 1]) + self._first
-
-    def any_in(self, ids: NDArray[np.uint32]) -> bool:
-        if not len(ids):
-            return False
-        if int(ids.min()) < self._first or int(ids.max()) > self._last:
-            return True
-        return bool(len(self._inner)) and bool(np.isin(ids, self._inner).any())
+def _special_ids(tokenizer: Tokenizer) -> NDArray[np.bool_]:
+    """Which ids text must never give, bool [vocab_size]."""
+    special = np.zeros(tokenizer.vocab_size, np.bool_)
+    special[[*tokenizer.special_ids.values(), tokenizer.eod_id]] = True
+    return special
 
 
 def _installed_version() -> str:

@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from token_files import BACKENDS, FakeFile, backend, needs_native
 
@@ -70,7 +71,7 @@ def test_M6_all_that_the_order_depends_on_is_in_the_name(tmp_path: Path) -> None
 
 def test_an_index_is_a_fiftieth_of_a_shuffled_sample_index(tmp_path: Path) -> None:
     make(tmp_path, piece_tokens=2**20).prepare(0)
-    assert only_file(tmp_path).stat().st_size == 128 + 8 * -(-len(LENGTHS) // 32)
+    assert only_file(tmp_path).stat().st_size == 128 + 4 * -(-len(LENGTHS) // 32)
 
 
 @needs_native
@@ -229,3 +230,17 @@ def test_leftovers_of_killed_builds_are_cleared_after_a_day(tmp_path: Path) -> N
     assert not old.exists()
     assert recent.exists()
     assert foreign.exists()
+
+
+def test_strides_of_more_than_four_billion_tokens_keep_every_bit(tmp_path: Path) -> None:
+    """Few huge pieces: an entry takes eight bytes where four could not hold it."""
+    sums = np.array([0, 2**40, 2**40 + 5, 2**41], dtype=np.uint64)
+    key = index_cache.IndexKey("ab" * 32, 7, 32 * 4, 2**39, 2**42)
+    path = tmp_path / key.file_name
+    index_cache.publish(path, key, sums)
+    assert index_cache.read_index(path, key).tolist() == sums.tolist()
+    assert path.stat().st_size == 128 + 8 * 4
+    small = index_cache.IndexKey("cd" * 32, 7, 32 * 3, 2**20, 900)
+    index_cache.publish(tmp_path / small.file_name, small, np.array([0, 100, 700], dtype=np.uint64))
+    assert index_cache.read_index(tmp_path / small.file_name, small).tolist() == [0, 100, 700]
+    assert (tmp_path / small.file_name).stat().st_size == 128 + 4 * 3

@@ -250,7 +250,7 @@ class WrongEncoder:
 def test_an_encoder_that_differs_is_given_up(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, checked = worker.open_encoder, []
 
-    def opened(tokenizer: Tokenizer, dtype: object, backend: str = "auto") -> object:
+    def opened(tokenizer: Tokenizer, dtype: object, backend: str = "auto", proof: object = None) -> object:
         encoder = real(tokenizer, dtype, "reference")
         return encoder if backend == "reference" else WrongEncoder(encoder)
 
@@ -284,7 +284,7 @@ def test_a_mismatch_in_one_shard_makes_the_others_begin_anew(
         def __init__(self, inner: Encoder) -> None:
             self.encode_documents = inner.encode_documents
 
-    def opened(tokenizer: Tokenizer, dtype: object, backend: str = "auto") -> object:
+    def opened(tokenizer: Tokenizer, dtype: object, backend: str = "auto", proof: object = None) -> object:
         encoder = real(tokenizer, dtype, "reference")
         return encoder if backend == "reference" else Renamed(encoder)
 
