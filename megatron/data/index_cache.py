@@ -4,10 +4,10 @@ A file's name is a digest of all that its content depends on, and nothing else, 
 it. Two jobs that build the same one at once write the same bytes; the later rename replaces the earlier one's.
 
 Layout, little endian: magic `STGXORD2`, u32 stride, u32 bytes of an entry (4, or 8 where a stride of pieces may hold
-2^32 tokens), u64 permutation key, u64 pieces, u64 tokens, u64 entries, 32 bytes name digest, 32 bytes checksum, 16 bytes
-zero; then the entries: the tokens of each stride of pieces, whose running sums are what is given out. 10M documents take
-1.25 MB. The checksum is blake2b-256 of the fields before it and the entries: it reads 1 GB/s, needs nothing but the
-standard library, and sees any damage, where a crc32 (as fast) would miss one in 2^32.
+2^32 tokens), u64 permutation key, u64 pieces, u64 tokens, u64 entries, 32 bytes name digest, 32 bytes checksum, 16
+bytes zero; then the entries: the tokens of each stride of pieces, whose running sums are what is given out. 10M
+documents take 1.25 MB. The checksum is blake2b-256 of the fields before it and the entries: it reads 1 GB/s, needs
+nothing but the standard library, and sees any damage, where a crc32 (as fast) would miss one in 2^32.
 """
 
 from __future__ import annotations

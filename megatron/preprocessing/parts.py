@@ -2,10 +2,10 @@
 
 Layout of `fFFFFFFF-bBBBBBB.part`, little endian: the token ids; then sections, each from a multiple of 8 bytes on
 (`lengths` and whatever else has one row a document, `quarantine` in JSON lines); the summary in JSON, which says where
-each section lies, and its CRC-32; u64 length and u32 CRC-32 of that JSON; the magic. A part is written aside by a worker
-and renamed by the main process: whatever is killed, its name says that it is whole. It is not forced to the disk, which
-would cost a quarter of the time and mostly write what is soon removed: the checksums find what a power failure or a bad
-disk does to it, and the part is then made again.
+each section lies, and its CRC-32; u64 length and u32 CRC-32 of that JSON; the magic. A part is written aside by a
+worker and renamed by the main process: whatever is killed, its name says that it is whole. It is not forced to the
+disk, which took a tenth of the whole time and mostly wrote what is soon removed: the checksums find what a power
+failure or a bad disk does to it, and the part is then made again.
 """
 
 from __future__ import annotations
