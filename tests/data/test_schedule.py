@@ -6,10 +6,12 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron.config.errors import ConfigError
 from megatron.config.schema import StageSection
+from megatron.data.mixture import open_mixture
 from megatron.data.schedule import Schedule, resolve_schedule
 from megatron.data.stage_resolution import SourceFacts
 
@@ -158,3 +160,17 @@ def test_B1_a_stage_said_wrong_is_refused_in_the_users_words(stage: dict[str, An
     with pytest.raises(ConfigError, match=words) as caught:
         resolve(stage)
     assert "s0" in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_more_sources_than_sixteen_bits_can_number() -> None:
+    """70,000 sources in seven groups: the blend of each prefix stays within one sample of every target (M1)."""
+    facts = {f"s{n:06}": SourceFacts(f"g{n % 7}", 10**9, Decimal(1), "error") for n in range(70_000)}
+    table = {"name": "wide", "samples": 100_000, "mixture": {f"g{n}": n + 1 for n in range(7)}}
+    (stage,) = resolve_schedule([StageSection.model_validate(table)], facts, seq_length=8, global_batch_size=100).stages
+    assert len(stage.weights.sources) == 70_000
+    order = open_mixture(stage.weights, stage.groups(), horizon=stage.samples).take(stage.samples)
+    weights = np.array([stage.weights.segments[0].weights[name] for name in stage.weights.sources])
+    for samples in (1, 65_537, 100_000):
+        counts = np.bincount(order[:samples], minlength=70_000)
+        assert np.abs(counts - weights * samples / stage.weights.denominator).max() < 1
+    assert order.max() > 65_535
