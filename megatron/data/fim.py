@@ -52,6 +52,10 @@ class FimSentinels:
     middle: int
     suffix: int
 
+    def ids(self) -> list[int]:
+        """Prefix, middle, suffix: as the ledger keeps them."""
+        return [self.prefix, self.middle, self.suffix]
+
 
 def source_rates(sections: Mapping[str, FimSection | None]) -> dict[str, FimRates]:
     """The rates that sources say for themselves."""

@@ -41,7 +41,8 @@ class StageRecord:
 
     planned_samples: its length, which may be edited while it runs · resolved_samples: the length that its weights were
     resolved for when it began, which never changes: phases and ramps stay where they were · shapes: rows of start,
-    sequence length and batch · fim: by source, the rate of fill-in-the-middle and its share with the suffix first.
+    sequence length and batch · fim: by source, the rate of fill-in-the-middle and its share with the suffix first ·
+    run_tokens: `train.tokens` when it began · fim_sentinels: ids of prefix, middle and suffix, where there is a rate.
     """
 
     name: str
@@ -57,6 +58,8 @@ class StageRecord:
     caps: dict[str, list[str]]
     fim: dict[str, list[str]]
     lr: dict[str, Any]
+    run_tokens: int | None = None
+    fim_sentinels: list[int] = field(default_factory=list)
     taken: dict[str, str] = field(default_factory=dict)
     samples: int = 0
     use: dict[str, SourceUse] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.config.errors import ChangedPastError, ConfigError
 from megatron.config.schema import StageSection
+from megatron.data.fim import FimSentinels
 from megatron.data.ledger import ALGORITHM, Ledger, SourceRecord, StageRecord
 from megatron.data.schedule import Schedule, TrainingStage
 from megatron.data.stage_resolution import FrozenStage
@@ -29,6 +30,7 @@ def frozen_stages(ledger: Ledger) -> list[FrozenStage]:
             caps={name: (Decimal(cap), dry) for name, (cap, dry) in record.caps.items()},
             shapes=record.stage_shapes,
             shape_words=record.shape_words,
+            run_tokens=record.run_tokens,
         )
         for index, record in enumerate(ledger.stages)
     ]
@@ -66,7 +68,7 @@ class Today:
     """What today's config says, to be compared with the past.
 
     identities: for each source its "group", "fingerprint", "epoch_tokens" and "piece_tokens" · lr: for each stage the
-    law of the learning rate in force, as plain values.
+    law of the learning rate in force, as plain values · fim_sentinels: the tokenizer's; None where none was looked at.
     """
 
     seed: int
@@ -74,6 +76,7 @@ class Today:
     validation: str
     identities: Mapping[str, Mapping[str, Any]]
     lr: Sequence[Mapping[str, Any]]
+    fim_sentinels: FimSentinels | None = None
 
 
 def check_past(ledger: Ledger, schedule: Schedule, today: Today) -> None:
@@ -93,6 +96,12 @@ def check_past(ledger: Ledger, schedule: Schedule, today: Today) -> None:
     differences += _changed_sources(ledger, today.identities)
     for index, record in enumerate(ledger.stages):
         differences += _changed_stage(record, schedule.stages[index], running=index == len(ledger.stages) - 1)
+        now_ids = today.fim_sentinels.ids() if today.fim_sentinels else record.fim_sentinels
+        if record.fim_sentinels and record.fim_sentinels != now_ids:
+            differences.append(
+                f"stage {record.name!r}: its fill-in-the-middle sentinels were {record.fim_sentinels} and are now "
+                f"{now_ids}"
+            )
     _refuse(differences)
 
 

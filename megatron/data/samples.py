@@ -202,6 +202,8 @@ class SampleStream:
             caps={name: [str(fact.max_epochs), fact.dry] for name, fact in stage.facts.items()},
             fim={name: rates.to_json() for name, rates in stage.fim.items()},
             lr=lr,
+            run_tokens=self._schedule.run_tokens,
+            fim_sentinels=self._fim_sentinels.ids() if self._fim_sentinels and stage.fim else [],
         )
         self._open(stage, None)
         for name in stage.weights.sources:

@@ -8,7 +8,7 @@ that a change of the past shows as a difference and a change of the future does 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -94,6 +94,7 @@ class Schedule:
     """Every training stage of a run, one after the other."""
 
     stages: tuple[TrainingStage, ...]
+    run_tokens: int | None = None
     _ends: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -156,7 +157,10 @@ def resolve_schedule(
     Raises ConfigError where a stage cannot be carried out as written.
     """
     shape = seq_length, global_batch_size
-    references = resolve_templates(templates, facts, shape, run_tokens)
+    earlier: dict[str, MixtureReference] = {}
+    references = References(templates, facts, shape, run_tokens, earlier)
+    for template in templates:
+        references[template.name]  # one that is wrong is told, whether a stage refers to it or not
     stages: list[TrainingStage] = []
     used = dict.fromkeys(facts, 0)
     for index, section in enumerate(sections):
@@ -167,28 +171,68 @@ def resolve_schedule(
             # What this run has trained on itself stays used, whatever the checkpoint knew of it.
             used |= {name: max(used[name], tokens) for name, tokens in taken.get(index, {}).items() if name in used}
         before = stages[-1].last_weights() if stages else None
-        resolver = StageResolver(section, facts, shape, used, before, frozen, references)
+        # What a begun stage took from a template is what the template was then.
+        known = references if frozen is None else references.as_of(frozen)
+        resolver = StageResolver(section, facts, shape, used, before, frozen, known)
         resolved = resolver.resolve(run_tokens)
         stages.append(_stage(resolver, resolved, stages[-1] if stages else None, fim or {}))
         resolver.check_caps(stages[-1].source_tokens)
-        references[section.name] = resolved.reference()
+        earlier[section.name] = resolved.reference()
         used = {name: tokens + stages[-1].source_tokens.get(name, 0) for name, tokens in used.items()}
-    return Schedule(tuple(stages))
+    return Schedule(tuple(stages), run_tokens)
 
 
-def resolve_templates(
-    templates: Sequence[StageSection],
-    facts: Mapping[str, SourceFacts],
-    shape: tuple[int, int],
-    run_tokens: int | None,
-) -> dict[str, MixtureReference]:
-    """What each template offers to stages. It is never trained, so that caps do not concern it. Raises ConfigError."""
-    free = {name: SourceFacts(fact.group, fact.epoch_tokens, fact.max_epochs, "repeat") for name, fact in facts.items()}
-    references: dict[str, MixtureReference] = {}
-    for template in templates:
-        resolver = StageResolver(template, free, shape, dict.fromkeys(facts, 0), references=references)
-        references[template.name] = resolver.resolve(run_tokens).reference()
-    return references
+class References(Mapping[str, MixtureReference]):
+    """What a stage may refer to: the stages before it, and the templates, each resolved when it is first asked for.
+
+    A template may refer to those before it. It is never trained, so that caps do not concern it. `[name]` raises
+    ConfigError where a template is wrong.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[StageSection],
+        facts: Mapping[str, SourceFacts],
+        shape: tuple[int, int],
+        run_tokens: int | None,
+        stages: Mapping[str, MixtureReference],
+    ) -> None:
+        self._stages = stages
+        self._templates = list(templates)
+        self._facts = {
+            name: SourceFacts(fact.group, fact.epoch_tokens, fact.max_epochs, "repeat") for name, fact in facts.items()
+        }
+        self._shape, self._run_tokens = shape, run_tokens
+        self._resolved: dict[str, MixtureReference] = {}
+
+    def as_of(self, frozen: FrozenStage) -> References:
+        """The same for a stage that has begun: with the sizes that sources had then, and the run's length."""
+        facts = {
+            name: SourceFacts(fact.group, frozen.sizes.get(name, 0), fact.max_epochs, fact.dry)
+            for name, fact in self._facts.items()
+        }
+        run_tokens = self._run_tokens if frozen.run_tokens is None else frozen.run_tokens
+        return References(self._templates, facts, self._shape, run_tokens, self._stages)
+
+    def __getitem__(self, name: str) -> MixtureReference:
+        if name in self._stages:
+            return self._stages[name]
+        if name not in self._resolved:
+            place = next((n for n, template in enumerate(self._templates) if template.name == name), None)
+            if place is None:
+                raise KeyError(name)
+            before = References(self._templates[:place], self._facts, self._shape, self._run_tokens, {})
+            unused = dict.fromkeys(self._facts, 0)
+            section = self._templates[place]
+            resolver = StageResolver(section, self._facts, self._shape, unused, references=before, kind="template")
+            self._resolved[name] = resolver.resolve(self._run_tokens).reference()
+        return self._resolved[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*(template.name for template in self._templates), *self._stages])
+
+    def __len__(self) -> int:
+        return len(self._templates) + len(self._stages)
 
 
 def _stage(

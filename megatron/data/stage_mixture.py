@@ -30,7 +30,7 @@ class StageMixture:
     """Reads the mixture of one stage.
 
     words: names to sources · before: the weights as the stage before it ends, for `adjust` · references: by name, the
-    stages and templates that it may refer to · notes: receives what was normalised.
+    stages and templates that it may refer to · notes: receives what was normalised · where: the stage, for messages.
     """
 
     def __init__(
@@ -40,13 +40,14 @@ class StageMixture:
         before: Weights,
         references: Mapping[str, MixtureReference],
         notes: list[str],
+        where: str,
     ) -> None:
         self._section = section
         self._words = words
         self._before = before
         self._references = references
         self._notes = notes
-        self._where = f"stage {section.name!r}"
+        self._where = where
 
     @property
     def is_absolute(self) -> bool:

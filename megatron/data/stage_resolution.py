@@ -15,7 +15,7 @@ from megatron.data.dry_sources import solve_events
 from megatron.data.mixture_profile import MixtureProfile, Weights
 from megatron.data.mixture_words import MixtureWords
 from megatron.data.stage_mixture import MixtureReference, StageMixture
-from megatron.data.stage_shapes import StageShapes, lay_out, shape_words
+from megatron.data.stage_shapes import StageShapes, lay_out, nearest_length, notes_on_length, shape_words
 from megatron.data.weight_function import Segment, WeightFunction
 from megatron.data.weights import DENOMINATOR, round_shares
 
@@ -41,7 +41,8 @@ class FrozenStage:
 
     samples: its length by the last checkpoint · resolved_samples: the length that its weights were resolved for ·
     sizes, used: tokens of the sources known when it began, and how many of them were used by then · caps: max_epochs
-    and dry policy when it began · shapes, shape_words: its shapes as resolved when it began, and the words for them.
+    and dry policy when it began · shapes, shape_words: its shapes as resolved when it began, and the words for them ·
+    run_tokens: `train.tokens` then, of which lengths are shares.
     """
 
     name: str
@@ -53,6 +54,7 @@ class FrozenStage:
     caps: Mapping[str, tuple[Decimal, str]]
     shapes: StageShapes
     shape_words: str
+    run_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class StageResolver:
         before: Weights | None = None,
         frozen: FrozenStage | None = None,
         references: Mapping[str, MixtureReference] | None = None,
+        kind: str = "stage",
     ) -> None:
         self.section = section
         self.facts = {name: _as_frozen(name, fact, frozen) for name, fact in facts.items()}
@@ -92,7 +95,7 @@ class StageResolver:
         self.shape = section.seq_length or shape[0], section.global_batch_size or shape[1]
         self.used = used
         self.frozen = frozen
-        self.where = f"stage {section.name!r}"
+        self.where = f"{kind} {section.name!r}"
         self.groups = {name: fact.group for name, fact in facts.items()}
         self.words = MixtureWords(self.groups, self.sizes, section.within, self.where)
         self.notes = [
@@ -102,7 +105,7 @@ class StageResolver:
             if (self.facts[name].max_epochs, self.facts[name].dry) != (fact.max_epochs, fact.dry)
         ]
         before = before or {name: Fraction(size) for name, size in self.sizes.items()}
-        self.mixture = StageMixture(section, self.words, before, references or {}, self.notes)
+        self.mixture = StageMixture(section, self.words, before, references or {}, self.notes, self.where)
 
     def resolve(self, run_tokens: int | None) -> ResolvedStage:
         """Length, shapes and weights. Raises ConfigError."""
@@ -117,27 +120,26 @@ class StageResolver:
     def _length(self, profile: MixtureProfile, run_tokens: int | None) -> tuple[StageShapes, int]:
         """Its shapes and samples: whole global batches, at least one."""
         frozen = self.frozen
-        if frozen is not None and frozen.shape_words == shape_words(self.section, *self.shape):
-            # A share of the run is a length only until the stage begins.
-            if self.section.share is not None:
-                return frozen.shapes, frozen.samples
+        if frozen is None or frozen.shape_words != shape_words(self.section, *self.shape):
             asked = self._asked(profile, run_tokens)
-            return frozen.shapes, self._longer_or_shorter(frozen.shapes, asked)
-        if frozen is not None and self.section.share is not None:
-            asked = Quantity(Decimal(frozen.samples), "samples")
+            shapes, samples, notes = lay_out(self.section, *self.shape, asked, self.where)
         else:
-            asked = self._asked(profile, run_tokens)
-        shapes, samples, notes = lay_out(self.section, *self.shape, asked, self.where)
+            # What is a share of the run stays one of the run as it was then.
+            asked = self._asked(profile, run_tokens if frozen.run_tokens is None else frozen.run_tokens)
+            shapes, samples, notes = self._length_of_begun(frozen, asked)
         self.notes += notes
         return shapes, samples
 
-    def _longer_or_shorter(self, shapes: StageShapes, asked: Quantity) -> int:
-        """Samples of a begun stage: what its last shape adds or leaves out, in whole batches of it."""
-        last = shapes.steps[-1]
-        before = shapes.in_unit(asked.unit, last.start)
-        each = {"tokens": last.batch_tokens, "samples": last.global_batch_size, "steps": 1}[asked.unit]
-        batches = max(1 if last.start == 0 else 0, int((Fraction(asked.amount) - before) / each + Fraction(1, 2)))
-        return last.start + batches * last.global_batch_size
+    def _length_of_begun(self, frozen: FrozenStage, asked: Quantity) -> tuple[StageShapes, int, list[str]]:
+        """The shapes stay where they were; the stage may end later, or earlier, also in one before the last."""
+        try:
+            shapes, samples, notes = lay_out(self.section, *self.shape, asked, self.where)
+        except ConfigError:  # it is shorter now than its shapes before the last
+            shapes = None
+        if shapes != frozen.shapes:
+            samples = nearest_length(frozen.shapes, asked)
+            notes = notes_on_length(asked, frozen.shapes, samples)
+        return frozen.shapes, samples, notes
 
     def _asked(self, profile: MixtureProfile, run_tokens: int | None) -> Quantity:
         section = self.section
@@ -172,6 +174,12 @@ class StageResolver:
         source = section.epochs.source
         if source not in self.sizes:
             raise ConfigError(f"{self.where}: epochs names {source!r}, which is not a source")
+        lengths = {shape.seq_length or self.shape[0] for shape in section.shapes or []}
+        if len(lengths) > 1 and len(profile.parts) + profile.parts[0].is_ramp > 1:
+            raise ConfigError(
+                f"{self.where}: epochs cannot be solved where both the mixture and the sequence length change within "
+                "the stage: give it tokens, steps or samples"
+            )
         part = profile.mean().get(source, Fraction(0))
         if part == 0:
             raise ConfigError(f"{self.where}: epochs counts {source!r}, whose weight in the stage is zero")

@@ -151,29 +151,63 @@ def lay_out(
         section: the stage as written. seq_length, batch: its own, or the run's.
         asked: its length in tokens, steps or samples.
 
-    Each part is the nearest whole number of its own batches, at least one. Raises ConfigError.
+    Each part holds whole batches of its own, at least one, and ends as near as they allow to where it was asked to.
+    Raises ConfigError.
     """
     parts = _parts(section, seq_length, batch)
+    key = "shapes" if section.batch_ramp is None else "batch_ramp"
     steps: list[ShapeStep] = []
-    left, start = Fraction(asked.amount), 0
-    for part in parts:
+    left, start, owed = Fraction(asked.amount), 0, Fraction(0)
+    for number, part in enumerate(parts):
         step = ShapeStep(start, part.seq_length, part.global_batch_size)
         each = _unit(asked.unit, step)
         wanted = left if part.length is None else _amount(part.length, asked, step) * each
-        if wanted <= 0 or wanted > left:
-            what = "the parts before the last are longer than the stage" if len(parts) > 1 else "its length is 0"
-            raise ConfigError(f"{where}: {what}: give it more tokens, steps or samples, or shorter shapes")
-        batches = max(1, int(wanted / each + Fraction(1, 2)))
+        if part.length is not None and wanted <= 0:
+            raise ConfigError(f"{where}: {key}: part {number} has the length 0: leave it out, or make it longer")
+        owed += wanted
+        batches = max(1, int(owed / each + Fraction(1, 2)))
+        owed -= batches * each
+        if part.length is not None and left - batches * each <= 0:
+            raise ConfigError(
+                f"{where}: {key}: the parts before the last are as long as the stage or longer, so that nothing is "
+                "left for the last: shorten them, or give the stage more tokens, steps or samples"
+            )
+        if part.length is None:  # what was owed is part of what is left
+            batches = max(1, int(left / each + Fraction(1, 2)))
         left -= batches * each
-        if part.length is not None and left <= 0:
-            raise ConfigError(f"{where}: nothing is left for the last of its shapes: shorten the others")
         steps.append(step)
         start += batches * step.global_batch_size
     shapes = StageShapes(tuple(steps))
-    return shapes, start, _notes(asked, shapes, start)
+    return shapes, start, [*_notes_on_ramp(section, shapes), *notes_on_length(asked, shapes, start)]
 
 
-def _notes(asked: Quantity, shapes: StageShapes, samples: int) -> list[str]:
+def nearest_length(shapes: StageShapes, asked: Quantity) -> int:
+    """Samples of a stage with these shapes whose length is nearest to what is asked: whole batches, at least one."""
+    left = Fraction(asked.amount)
+    for step in shapes.steps:
+        end, each = shapes.end_of(step), _unit(asked.unit, step)
+        holds = None if end is None else (end - step.start) // step.global_batch_size * each
+        if holds is None or left <= holds:
+            batches = max(0 if step.start else 1, int(left / each + Fraction(1, 2)))
+            return step.start + batches * step.global_batch_size
+        left -= holds
+    raise AssertionError("the last shape has no end")
+
+
+def _notes_on_ramp(section: StageSection, shapes: StageShapes) -> list[str]:
+    if section.batch_ramp is None:
+        return []
+    over = parse_quantity(section.batch_ramp.over)
+    end, last = shapes.steps[-1].start, shapes.steps[-2]
+    given = shapes.in_unit(over.unit, end) if over.unit != "share" else None
+    if given is None or abs(given - over.amount) <= _unit(over.unit, last):
+        return []
+    return [
+        f"batch_ramp: {float(over.amount):,.0f} {over.unit} asked, {given:,} given: every size has one batch at least"
+    ]
+
+
+def notes_on_length(asked: Quantity, shapes: StageShapes, samples: int) -> list[str]:
     given = shapes.in_unit(asked.unit, samples)
     if given == asked.amount:
         return []

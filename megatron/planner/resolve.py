@@ -124,6 +124,7 @@ def resolve_run(
         validation=validation,
         identities=identities,
         lr=[law.to_json() for law in lr.laws],
+        fim_sentinels=fim_sentinels,
     )
     check_past(ledger, schedule, today)
     events = record_lr(ledger, today, allow_lr_change)

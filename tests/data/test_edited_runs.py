@@ -13,6 +13,7 @@ from mixed_runs import NAMES, TWO, begun, config_of, edited, samples_of, sources
 from megatron.checkpoint.manifest import build_manifest, manifest_bytes
 from megatron.commands.inspect_data import samples_between
 from megatron.config.errors import ChangedPastError, ConfigError, DataError
+from megatron.data.fim import FimSentinels
 from megatron.data.ledger import Ledger
 from megatron.data.samples import Sample
 from megatron.planner.plan import plan_of
@@ -172,3 +173,64 @@ def test_M2_a_cap_counts_what_was_trained_on_before_cursors_went_back(corpora: P
     mine = 16 * sum(sample.source == "c" for sample in order)
     assert run.ledger.sources["c"].lifetime_tokens == mine
     assert run.schedule.stages[2].used_before["c"] == mine - 20 * 16
+
+
+GROWING = {"name": "s", "tokens": "9.6K", "mixture": {"a": 1, "c": 1}, "global_batch_size": 64,
+           "batch_ramp": {"start": 16, "increment": 16, "over": "98%"}}  # fmt: skip
+LATER = {"name": "later", "samples": 64, "mixture": {"b": 1}}
+
+
+def test_M3_a_stage_whose_last_shape_is_below_half_a_batch_keeps_its_length_on_resume(corpora: Path) -> None:
+    run = resolve_run(config_of(corpora, [dict(GROWING), dict(LATER)]))
+    planned = [stage.samples for stage in run.schedule.stages]
+    for samples in (100, planned[0], planned[0] + 4):
+        ledger = begun(corpora, [GROWING, LATER], samples)
+        again = resolve_run(config_of(corpora, [dict(GROWING), dict(LATER)]), ledger=ledger)
+        assert [stage.samples for stage in again.schedule.stages] == planned
+
+
+@pytest.mark.parametrize(("asked", "given"), [(40, 40), (30, 32), (100, 100), (240, 240), (41, 40)])
+def test_M5_a_running_stage_may_end_in_an_earlier_shape(corpora: Path, asked: int, given: int) -> None:
+    shapes = [{"length": "80 samples", "seq_length": 8}, {"seq_length": 16}]
+    stage = {"name": "s", "samples": 120, "mixture": {"a": 1, "c": 1}, "shapes": shapes, "global_batch_size": 4}
+    order = samples_of(resolve_run(config_of(corpora, [dict(stage)])))
+    ledger = begun(corpora, [stage], 20)
+    run = resolve_run(config_of(corpora, [stage | {"samples": asked}]), ledger=ledger)
+    assert run.schedule.samples == given
+    assert any("asked" in note for note in run.schedule.stages[0].notes) == (asked != given)
+    assert samples_of(run)[:100] == order[20 : min(120, given)]
+
+
+@pytest.mark.parametrize("way", [{"like": "tp"}, {"reverse": "tp"}, {"aggregate_of": ["tp"]},
+                                 {"blend": [{"weight": 1, "like": "tp"}]}])  # fmt: skip
+def test_M5_a_begun_stage_keeps_what_a_template_was(corpora: Path, tmp_path: Path, way: dict[str, Any]) -> None:
+    """A source that joins the template's group later, and a run made longer, are of later stages."""
+    template = {"name": "tp", "share": "0.5", "mixture": {"code": 1, "text": 1}}
+    stage = {"name": "s", **way, **({} if "aggregate_of" in way else {"samples": 120})}
+    over = {"templates": [template], "train": {"global_batch_size": 4, "micro_batch_size": 1, "tokens": 3000}}
+    order = samples_of(resolve_run(config_of(corpora, [dict(stage)], **over)))
+    ledger = begun(corpora, [stage], 20, **over)
+    write_corpus(tmp_path / "new", 30, seed=9)
+    sources = sources_of(corpora) | {"e": {"group": "text", "data": [str(tmp_path / "new")]}}
+    longer = over | {"train": over["train"] | {"tokens": 6000}}
+    run = resolve_run(config_of(corpora, [dict(stage)], sources=sources, **longer), ledger=ledger)
+    assert [sample.pieces for sample in samples_of(run)] == [sample.pieces for sample in order[20:]]
+
+
+def test_M5_other_sentinels_are_another_past(corpora: Path) -> None:
+    stage = {"name": "s", "samples": 40, "mixture": {"a": 1}, "fim": {"a": 1}}
+    run = resolve_run(config_of(corpora, [dict(stage)]), fim_sentinels=FimSentinels(300, 301, 302))
+    samples_of(run, 20)
+    ledger = Ledger.from_json(json.loads(json.dumps(run.ledger.to_json())))
+    for same in (None, FimSentinels(300, 301, 302)):
+        resolve_run(config_of(corpora, [dict(stage)]), ledger=ledger, fim_sentinels=same)
+    with pytest.raises(ChangedPastError, match=r"sentinels were \[300, 301, 302\] and are now \[302, 301, 300\]"):
+        resolve_run(config_of(corpora, [dict(stage)]), ledger=ledger, fim_sentinels=FimSentinels(302, 301, 300))
+
+
+def test_B1_epochs_of_a_mixture_and_a_length_that_both_change_are_refused(corpora: Path) -> None:
+    phases = [{"mixture": {"c": 1}}, {"mixture": {"a": 1}}]
+    stage = {"name": "s", "epochs": {"source": "c", "count": 1}, "phases": phases,
+             "shapes": [{"length": "50%", "seq_length": 16}, {"seq_length": 64}]}  # fmt: skip
+    with pytest.raises(ConfigError, match="epochs cannot be solved"):
+        resolve_run(config_of(corpora, [stage]))

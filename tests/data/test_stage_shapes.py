@@ -67,8 +67,10 @@ def test_positions_equal_a_count_one_by_one(parts: list[tuple[int, int, int]], s
         ({"shapes": []}, "shapes is empty"),
         ({"shapes": [{"seq_length": 4}, {"seq_length": 8}]}, r"shapes\[0\] has no length"),
         ({"shapes": [{"length": "10"}, {"length": "10"}]}, "the last of its shapes has a length"),
-        ({"shapes": [{"length": "5000"}, {}]}, "longer than the stage"),
-        ({"shapes": [{"length": "100%"}, {}]}, "nothing is left for the last"),
+        ({"shapes": [{"length": "5000"}, {}]}, "as long as the stage or longer"),
+        ({"shapes": [{"length": "100%"}, {}]}, "is left for the last"),
+        ({"shapes": [{"length": "0 steps"}, {}]}, "part 0 has the length 0"),
+        ({"batch_ramp": {"start": 4, "increment": 2, "over": "9000"}}, "batch_ramp: the parts before the last"),
         ({"batch_ramp": {"start": 3, "increment": 2, "over": "10%"}}, r"start \+ k \* increment = 8"),
         ({"batch_ramp": {"start": 8, "increment": 2, "over": "10%"}}, "does not lead"),
         ({"shapes": [{}], "batch_ramp": {"start": 4, "increment": 2, "over": "10%"}}, "both shapes and batch_ramp"),
@@ -77,3 +79,21 @@ def test_positions_equal_a_count_one_by_one(parts: list[tuple[int, int, int]], s
 def test_B1_every_way_to_say_it_wrong_is_named(words: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         laid_out("4000", **words)
+
+
+def test_a_ramp_of_many_sizes_ends_where_it_was_asked_to() -> None:
+    """Each size ends as near as its batches allow; rounding each alone would add up to 75 % more here."""
+    section = {"global_batch_size": 1024, "batch_ramp": {"start": 16, "increment": 16, "over": "20000 samples"}}
+    words = StageSection.model_validate({"name": "s", "tokens": 1, "mixture": {"a": 1}} | section)
+    shapes, _, notes = lay_out(words, 10, 1024, Quantity(Decimal(500_000), "samples"), "stage 's'")
+    least = sum(range(16, 1024, 16))  # a batch of every size
+    assert (
+        least > 20_000
+        and least <= shapes.steps[-1].start < 1.1 * least
+        and "every size has one batch at least" in notes[0]
+    )
+    shapes, _, notes = lay_out(
+        words.model_copy(update={"batch_ramp": words.batch_ramp.model_copy(update={"over": "200000 samples"})}),  # type: ignore[union-attr]
+        10, 1024, Quantity(Decimal(500_000), "samples"), "stage 's'",
+    )  # fmt: skip
+    assert abs(shapes.steps[-1].start - 200_000) <= 512 and not [note for note in notes if "ramp" in note]
