@@ -16,6 +16,7 @@ from megatron.config.quantities import format_count
 from megatron.config.schema import RunConfig
 from megatron.data.fim import sentinels_of
 from megatron.data.samples import Sample
+from megatron.data.sources import TokenizerIdentity
 from megatron.planner.ledger_files import read_ledger
 from megatron.planner.positions import batch_start, steps_at, tokens_at
 from megatron.planner.range_summary import summary_of
@@ -91,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     config = load_from(args)
     tokenizer = load_tokenizer(config.tokenizer.path) if args.text or (args.ids and _rearranges(config)) else None
     sentinels = sentinels_of(tokenizer, config.tokenizer.fim) if tokenizer is not None else None
-    run = resolve_run(config, ledger=read_ledger(args.ledger) if args.ledger else None, fim_sentinels=sentinels)
+    identity = TokenizerIdentity.of(tokenizer) if tokenizer is not None else None
+    ledger = read_ledger(args.ledger) if args.ledger else None
+    run = resolve_run(config, ledger=ledger, tokenizer=identity, fim_sentinels=sentinels)
     if args.documents is not None:
         _show_documents(config, run, args)
         return 0

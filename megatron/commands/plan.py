@@ -14,7 +14,9 @@ from rich.console import Console
 
 from megatron.commands.frame import config_arguments, load_from
 from megatron.commands.tables import clipped, console_for_tables, in_chunks, new_table
+from megatron.config.errors import ConfigError
 from megatron.config.load import json_schema
+from megatron.config.model_shape import resolve_model
 from megatron.config.quantities import format_count
 from megatron.config.schema import RunConfig
 from megatron.planner.ledger_files import read_ledger
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     run = resolve_run(config, ledger=ledger, allow_lr_change=args.allow_lr_change)
     plan = plan_of(run, config.stages, config.train.tokens)
     plan["warnings"] = warnings_of(plan, config.tokenizer.path, config.parallel, _has_sentinels(config, plan))
+    plan["warnings"] = [*_refused_model(config, run), *plan["warnings"]]
     written = _draw(args, config.run.name, run, plan)
     if args.json:
         print(json.dumps(plan, indent=2))
@@ -95,6 +98,17 @@ def main(argv: list[str] | None = None) -> int:
     for path in written:
         print(f"{path}: {format_count(path.stat().st_size)}B")
     return 0
+
+
+def _refused_model(config: RunConfig, run: ResolvedRun) -> list[dict[str, Any]]:
+    """What train will say of a [model] table that is no decoder. A plan needs none."""
+    longest = max(stage.shapes.longest_sequence for stage in run.schedule.stages)
+    try:
+        resolve_model(config.model, config.model.vocab_size or 1, longest)
+    except ConfigError as error:
+        text = f"train will refuse the model: {error}"
+        return [{"gravity": "high", "kind": "train-refuses", "exit_code": error.exit_code, "text": text}]
+    return []
 
 
 def _has_sentinels(config: RunConfig, plan: dict[str, Any]) -> bool:
@@ -111,6 +125,9 @@ def _has_sentinels(config: RunConfig, plan: dict[str, Any]) -> bool:
 def _draw(args: argparse.Namespace, name: str, run: ResolvedRun, plan: dict[str, Any]) -> list[Path]:
     """Writes the files that were asked for. Their modules are imported only then: plan stays quick without."""
     written: list[Path] = []
+    for path, suffix in ((args.html, ".html"), (args.png, ".png")):
+        if path is not None and path.suffix != suffix:
+            raise ConfigError(f"--{suffix[1:]} {path}: give a name that ends in {suffix}")
     if args.html is not None:
         from megatron.planner.plan_page import write_page
 

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--input", nargs="+", default=[], type=Path, metavar="PATH", help="files, folders or globs to read")
     add("--files-from", type=str, metavar="FILE", help="a list of inputs, one path a line; - is standard input")
-    add("--output-prefix", required=True, type=Path, metavar="P", help="writes P.bin, P.idx and P.json")
+    add("--output-prefix", required=True, type=_prefix, metavar="P", help="writes P.bin, P.idx and P.json")
     add("--tokenizer", required=True, metavar="T", help='.model, tokenizer.json, .tiktoken, or the word "bytes"')
     add("--workers", type=int, metavar="N", help="worker processes (default: the cores of this machine)")
     add("--overwrite", action="store_true", help="replace P.bin, P.idx and P.json if they exist")
@@ -51,6 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_work(parser)
     add_cleaning_arguments(parser)
     return parser
+
+
+def _prefix(words: str) -> Path:
+    if words.endswith(os.sep):
+        raise argparse.ArgumentTypeError(f"{words!r} is a folder: add the name that the files begin with, {words}NAME")
+    return Path(words)
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:

@@ -95,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     vocab_size, sample_bytes = _count("--vocab-size", args.vocab_size), _count("--sample-bytes", args.sample_bytes)
     if not 1 <= args.threads <= 1024:
         raise ConfigError(f"--threads {args.threads}: give 1 to 1024")
+    if (args.output.suffix == ".json") != (args.kind == "byte-level-bpe"):
+        wanted = ".json" if args.kind == "byte-level-bpe" else ".model"
+        raise ConfigError(f"--output {args.output}: a tokenizer of --kind {args.kind} is a {wanted} file: name it so")
     _refuse_existing(args)
     sources = _sources(args)
     special = [*(STARCODER.required if args.fim else ()), *args.special]

@@ -30,7 +30,7 @@ Mixture = dict[str, Weight]
 class Section(BaseModel):
     """A table of the config: frozen, and closed to keys that it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(Section):

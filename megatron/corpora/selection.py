@@ -84,6 +84,8 @@ def _of_path(path: Path, options: ReadOptions, skipped: Counter[str]) -> list[In
         raise DataError(f"{path}: a bare git repository has no files of its own: read it with --git")
     else:
         files = folder_files(path, options, skipped)
+        if options.git and not any(file.object_id for file in files):
+            raise DataError(f"{path}: --git was asked for, and neither this folder nor one in it is a git repository")
     if not files:
         passed = ", ".join(f"{count} {reason}" for reason, count in sorted((skipped - before).items()))
         wanted = f" whose name ends in {' or '.join(options.suffixes)}" if options.suffixes else ""

@@ -141,7 +141,7 @@ class IndexedDatasetWriter:
         }
         manifest_partial = path_of(self.prefix, ".json.partial")
         with manifest_partial.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, ensure_ascii=False)
+            json.dump(manifest, file, indent=1)
             file.write("\n")
             _sync_and_close(file)
         # The old .idx goes first, so that at no moment an .idx stands beside a .bin that is not its own.

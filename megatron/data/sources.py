@@ -17,6 +17,7 @@ from megatron.config.schema import SourceSection
 from megatron.data.epoch_index import SourceOrder, Span, overlapping
 from megatron.data.indexed_dataset import IndexedDataset, check_vocab
 from megatron.data.source_stream import CursorState, EpochSpan, SourceStream
+from megatron.tokenizers.base import Tokenizer
 
 PIECE_SEQUENCES = 8
 
@@ -28,6 +29,11 @@ class TokenizerIdentity:
     name: str
     fingerprint: str
     vocab_size: int
+
+    @staticmethod
+    def of(tokenizer: Tokenizer) -> TokenizerIdentity:
+        """That of an opened tokenizer."""
+        return TokenizerIdentity(tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size)
 
 
 @dataclass(frozen=True)

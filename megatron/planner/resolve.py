@@ -113,8 +113,7 @@ def resolve_run(
         _refuse_fim(schedule, tokenizer.name)
     check_batches(schedule, config.train.micro_batch_size)
     lr = resolve_lr(config.stages, schedule)
-    identity = tokenizer.fingerprint if tokenizer is not None else ""
-    validation = validation_split(config.validation)
+    identity, validation = tokenizer.fingerprint if tokenizer else "", validation_split(config.validation)
     if ledger is None:
         fresh = Ledger(seed=config.run.seed, tokenizer=identity, validation=validation)
         return ResolvedRun(sources, schedule, lr, fresh, taken, fim_sentinels)

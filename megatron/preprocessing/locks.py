@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.config.errors import StorageError
+from megatron.preprocessing.storage import storage_errors
 
 
 class FolderLock:
@@ -51,7 +52,8 @@ def locked(path: Path, *, shared: bool, patience: float = 0.0) -> Iterator[Folde
 
 def _attempt(path: Path, mode: int) -> int | None:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with storage_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # the folder was removed in between

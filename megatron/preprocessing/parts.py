@@ -73,7 +73,7 @@ class PartWriter:
                 sections[name] = place | {"dtype": array.dtype.newbyteorder("<").str, "shape": list(array.shape)}
             if quarantine:
                 sections["quarantine"] = self._section(quarantine)
-            content = json.dumps({**summary, "sections": sections}, ensure_ascii=False).encode()
+            content = json.dumps({**summary, "sections": sections}).encode()
             self._file.write(content + _TRAILER.pack(len(content), zlib.crc32(content), _MAGIC))
             self._file.close()
         self._finished = True

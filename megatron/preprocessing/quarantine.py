@@ -91,4 +91,4 @@ class _LineCounter:
 
 
 def _encoded(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(fields).encode() + b"\n"

@@ -36,7 +36,7 @@ def current_encoder(folder: Path, plan: WorkPlan) -> CurrentEncoder:
 
 def switch_to_reference(folder: Path, why: str) -> None:
     """From now on no part of another encoder is taken, in any shard."""
-    write_whole(folder / _REFERENCE, json.dumps({"why": why}, ensure_ascii=False) + "\n")
+    write_whole(folder / _REFERENCE, json.dumps({"why": why}) + "\n")
 
 
 def shard_lock(folder: Path, shard: Shard) -> Path:

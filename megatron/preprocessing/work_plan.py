@@ -85,7 +85,7 @@ class FileList:
         return sum(row[1] for row in self.rows)
 
     def lines(self) -> Iterator[str]:
-        return (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        return (json.dumps(row) + "\n" for row in self.rows)
 
     @cached_property
     def digest(self) -> str:
@@ -94,7 +94,7 @@ class FileList:
     def for_manifest(self) -> dict[str, Any]:
         """Number, bytes and checksum; the paths, up to a thousand. The same wherever the same files lie."""
         stable = [[path, size, *([blob] if blob else [])] for path, size, _, blob in self.rows]
-        digest = _digest(json.dumps(row, ensure_ascii=False) + "\n" for row in stable)
+        digest = _digest(json.dumps(row) + "\n" for row in stable)
         listed = {"list": stable} if len(stable) <= _LISTED_FILES else {}
         return {"files": len(stable), "bytes": self.total_bytes, "sha256": digest, **listed}
 
@@ -123,7 +123,7 @@ class WorkPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
 
     @property
     def shards(self) -> int:
@@ -183,7 +183,7 @@ def read_plan(folder: Path) -> WorkPlan | None:
 def write_plan(folder: Path, plan: WorkPlan, files: FileList) -> None:
     """Write plan and list of files, the plan last."""
     write_whole(folder / FILES_NAME, "".join(files.lines()))
-    write_whole(folder / PLAN_NAME, json.dumps(plan.content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / PLAN_NAME, json.dumps(plan.content, indent=1) + "\n")
 
 
 def refuse_other_plan(folder: Path, plan: WorkPlan, found: WorkPlan, files: FileList, kept: int) -> None:
@@ -221,7 +221,7 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(f"{name}.{key}" if name else key, old.get(key), new.get(key))
     elif old != new:
-        yield f"{name}: {json.dumps(old, ensure_ascii=False)} became {json.dumps(new, ensure_ascii=False)}"
+        yield f"{name}: {json.dumps(old)} became {json.dumps(new, ensure_ascii=False)}"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -164,7 +164,7 @@ def _assemble(
 def _resolve(
     config: RunConfig, tokenizer: Tokenizer, found: CheckpointRef | None, allow_lr_change: bool
 ) -> ResolvedRun:
-    identity = TokenizerIdentity(tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size)
+    identity = TokenizerIdentity.of(tokenizer)
     ledger = Ledger.from_json(found.state["data"]) if found else None
     sentinels = sentinels_of(tokenizer, config.tokenizer.fim)
     return resolve_run(

@@ -124,13 +124,15 @@ def test_a_source_that_runs_dry_is_named(corpora: Path, tmp_path: Path, capsys: 
             3,
             "too few for a vocabulary of 5000",
         ),
+        (["--input", "{few}", "--kind", "sentencepiece-bpe", "--output", "x.json"], 2, "is a .model file: name it so"),
     ],
 )
 def test_B1_what_is_wrong_is_named(
     corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], code: int, said: str
 ) -> None:
     more = [word.replace("{few}", str(corpora / "few.jsonl")) for word in more]
-    assert run_command(train_tokenizer.main, [*more, "--output", str(tmp_path / "o" / "t.model")]) == code
+    suffix = "json" if "byte-level-bpe" in more else "model"
+    assert run_command(train_tokenizer.main, ["--output", str(tmp_path / "o" / f"t.{suffix}"), *more]) == code
     assert said in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
