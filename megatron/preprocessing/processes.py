@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -34,6 +35,12 @@ def exit_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _begin_worker() -> None:
+    exit_with_parent()
+    # Documents are many and form no cycles: looking for cycles among them at every 700th costs and finds nothing.
+    gc.set_threshold(100_000, 50, 50)
 
 
 class _Pool(ProcessPoolExecutor):
@@ -70,7 +77,7 @@ def workers_started(workers: int) -> Iterator[Executor]:
         return
     before = set(multiprocessing.active_children())
     # Spawned, not forked: the tokenizer libraries run threads of their own, which do not survive a fork.
-    pool = _Pool(workers, mp_context=multiprocessing.get_context("spawn"), initializer=exit_with_parent)
+    pool = _Pool(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
     try:
         yield pool
     except BaseException:

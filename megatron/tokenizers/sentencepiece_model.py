@@ -16,6 +16,7 @@ from megatron.config.errors import DataError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
+_FLOAT = struct.Struct("<f")
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
@@ -90,6 +91,18 @@ def as_control(content: bytes, pieces: list[Piece]) -> bytes:
 
 
 def _read_piece(content: bytes, start: int, end: int) -> Piece:
+    # As the library writes nearly every piece: text below 128 bytes, score, and a kind unless it is an ordinary one.
+    after = start + 2 + content[start + 1]
+    if content[start] == 0x0A and content[start + 1] < 0x80 and after + 5 <= end and content[after] == 0x15:
+        (score,) = _FLOAT.unpack_from(content, after + 1)
+        if after + 5 == end:
+            return Piece(content[start + 2 : after].decode("utf-8"), score, NORMAL, None)
+        if after + 7 == end and content[after + 5] == 0x18 and content[after + 6] < 0x80:
+            return Piece(content[start + 2 : after].decode("utf-8"), score, content[after + 6], after + 6)
+    return _read_any_piece(content, start, end)
+
+
+def _read_any_piece(content: bytes, start: int, end: int) -> Piece:
     text, score, kind, kind_at = "", 0.0, NORMAL, None
     for field, wire, value_start, value_end in _fields(content, start, end):
         if field == 1 and wire == _LENGTH:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from megatron.tokenizers.base import NotPlainBpe, looks_like_marker
@@ -22,7 +21,6 @@ from megatron.tokenizers.sentencepiece_model import (
     USER_DEFINED,
     Piece,
     TextRules,
-    read_pieces,
     read_text_rules,
 )
 
@@ -30,13 +28,13 @@ _BPE = 2
 _TYPE_NAMES = {1: "unigram", 3: "word", 4: "character"}
 
 
-def describe_sentencepiece(path: Path, content: bytes) -> tuple[str, TextRules]:
+def describe_sentencepiece(pieces: list[Piece], content: bytes) -> tuple[str, TextRules]:
     """The text of a tokenizer.json equal to the model, and the rules that are not in it: see `prepared_text`.
 
     Raises NotPlainBpe for models that are not BPE with byte fallback, or that have pieces or white space rules of a
     kind that plain BPE lacks.
     """
-    pieces, rules = read_pieces(path, content), read_text_rules(content)
+    rules = read_text_rules(content)
     if rules.model_type != _BPE:
         raise NotPlainBpe(f"it is a {_TYPE_NAMES.get(rules.model_type, '')} model: the fast library reads BPE models")
     if sum(piece.kind == BYTE for piece in pieces) != 256:

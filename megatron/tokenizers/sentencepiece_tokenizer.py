@@ -34,7 +34,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path, content: bytes) -> None:
         self._path, self._content = path, content
-        pieces = read_pieces(path, content)
+        self._pieces = pieces = read_pieces(path, content)
         markers = [p for p in pieces if _marks(p)]
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -74,7 +74,7 @@ class SentencePieceTokenizer:
         return str(self._processor.decode([int(i) for i in ids]))
 
     def plain_bpe(self) -> PlainBpe:
-        description, rules = describe_sentencepiece(self._path, self._content)
+        description, rules = describe_sentencepiece(self._pieces, self._content)
         splits_at_mark = self._mark_ids is not None
         return PlainBpe(
             description=description,
