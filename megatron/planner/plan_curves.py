@@ -28,6 +28,8 @@ def epoch_curve(schedule: Schedule, source: str, epoch_tokens: int) -> list[Poin
     for stage in schedule.stages if epoch_tokens else ():
         for offset in _offsets(stage):
             epochs = float(used_at(stage, source, offset)) / epoch_tokens
+            # A stage ends in whole samples, up to one from the target that is drawn within it.
+            epochs = max(epochs, points[-1][1]) if points else epochs
             points.append((float(stage.start_token + tokens_at(stage, offset)), epochs))
     return points
 
