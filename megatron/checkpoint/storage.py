@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megatron.config.durable_files import sync_path
 from megatron.config.errors import CheckpointError, StorageError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -38,25 +39,25 @@ class Storage:
         """One new safetensors file, fsynced. Tensors are written from the CPU, contiguous, each with its own memory."""
         with io_errors(path, "write"):
             save_file({name: _own_memory(tensor) for name, tensor in tensors.items()}, path)
-            sync_file(path)
+            sync_path(path)
 
     def copy_file(self, source: Path, target: Path) -> None:
         """A new copy of a file, fsynced."""
         with io_errors(target, f"copy {source} to"):
             shutil.copyfile(source, target)
-            sync_file(target)
+            sync_path(target)
 
     def sync_folder(self, path: Path) -> None:
         """Makes the folder's entries durable."""
         with io_errors(path, "fsync the folder"):
-            sync_file(path)
+            sync_path(path)
 
     def rename(self, source: Path, target: Path) -> None:
         """One atomic rename inside a file system, durable."""
         with io_errors(target, f"rename {source.name} to"):
             os.rename(source, target)
             for parent in {source.parent, target.parent}:
-                sync_file(parent)
+                sync_path(parent)
 
     def remove_folder(self, path: Path) -> None:
         """Deletes a folder that no one reads any more."""
@@ -70,15 +71,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
-
-
-def sync_file(path: Path) -> None:
-    """fsync of a file or a folder by its path."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron.commands.preprocess_progress import print_summary, shown
 from megatron.corpora.cleaning_arguments import add_cleaning_arguments, cleaning_options
 from megatron.corpora.read_options import ReadOptions
+from megatron.corpora.reading_arguments import add_reading_arguments, read_options
+from megatron.data.processors import available_processors
 from megatron.preprocessing.options import PreprocessOptions, Shard
 from megatron.preprocessing.run import preprocess
 
@@ -62,24 +64,19 @@ def _prefix(words: str) -> Path:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading")
     add = group.add_argument
-    add("--text-field", default="text", metavar="F", help="JSON field or column with the text (default: text)")
+    add_reading_arguments(group)
     add("--id-field", default="id", metavar="F", help="field with the document's id (default: id)")
-    add("--language-field", default="", metavar="F", help="field with the language, for counts and --language")
     add("--source-field", default="", metavar="F", help="field with the source, for counts in the manifest")
     add("--licence-field", default="", metavar="F", help="field with the SPDX licence, for --licence")
-    add("--suffix", action="append", default=[], metavar="S", help="in folders, only files that end in S, such as .py")
-    add("--language", action="append", default=[], metavar="L", help="keep only documents in L, such as Python")
-    add("--licence", action="append", default=[], metavar="L", help="keep only documents under L, such as MIT")
-    add("--min-file-bytes", type=int, default=0, metavar="N", help="pass over smaller text and code files")
-    add("--max-file-bytes", type=int, metavar="N", help="pass over larger text and code files")
-    add("--no-gitignore", action="store_true", help="read also what .gitignore files name")
-    add("--git", action="store_true", help="read repositories at HEAD, tracked files only")
     add(
-        "--text-documents",
-        choices=("file", "line", "blank-line"),
-        default="file",
-        help="what a document of a text file is: the file, a line, or what blank lines part (default: file)",
+        "--licence",
+        dest="licences",
+        action="append",
+        default=[],
+        metavar="L",
+        help="keep only documents under L, such as MIT",
     )
+    add("--min-file-bytes", type=int, default=0, metavar="N", help="pass over smaller text and code files")
     add(
         "--max-document-bytes",
         type=int,
@@ -117,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.input and args.files_from is None:
         parser.error("give --input or --files-from")
     shard = None if args.shard is None else Shard.parse(args.shard)
-    options = PreprocessOptions(_reading(args), cleaning_options(args), args.encoder, args.on_error)
+    options = PreprocessOptions(read_options(args), cleaning_options(args), args.encoder, args.on_error)
     began = time.perf_counter()
     with shown() as show:
         outcome = preprocess(
@@ -125,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             args.output_prefix,
             args.tokenizer,
             files_from=args.files_from,
-            workers=_cores() if args.workers is None else args.workers,
+            workers=available_processors() if args.workers is None else args.workers,
             options=options,
             shard=shard,
             overwrite=args.overwrite,
@@ -145,27 +142,3 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.output_prefix}"
         )
     return 0
-
-
-def _reading(args: argparse.Namespace) -> ReadOptions:
-    return ReadOptions(
-        text_field=args.text_field,
-        id_field=args.id_field,
-        language_field=args.language_field,
-        source_field=args.source_field,
-        licence_field=args.licence_field,
-        suffixes=tuple(args.suffix),
-        languages=tuple(args.language),
-        licences=tuple(args.licence),
-        min_file_bytes=args.min_file_bytes,
-        max_file_bytes=args.max_file_bytes,
-        gitignore=not args.no_gitignore,
-        git=args.git,
-        text_documents=args.text_documents,
-        max_document_bytes=args.max_document_bytes,
-    )
-
-
-def _cores() -> int:
-    """Cores that this process may use; not every system has affinities."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,6 +17,7 @@ from megatron.commands.tables import console_for_tables, new_table
 from megatron.config.errors import ConfigError
 from megatron.config.quantities import parse_count
 from megatron.corpora.reading import read_documents
+from megatron.corpora.reading_arguments import add_reading_arguments, read_options
 from megatron.corpora.selection import ReadOptions
 from megatron.tokenizers.encoder import open_encoder
 from megatron.tokenizers.fim_tokens import STARCODER
@@ -68,25 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1234, metavar="N", help="of --sample random (default: 1234)")
     add("--threads", type=int, default=1, metavar="N", help="threads of SentencePiece's trainer (default: 1)")
     add("--overwrite", action="store_true", help="replace FILE if it exists")
-    _add_reading(parser)
+    add_reading_arguments(parser.add_argument_group("reading, as preprocess_data reads"))
     return parser
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("reading, as preprocess_data reads").add_argument
-    add("--text-field", default="text", metavar="F", help="JSON field or column with the text (default: text)")
-    add("--language-field", default="", metavar="F", help="field with the language, for --language")
-    add("--suffix", action="append", default=[], metavar="S", help="in folders, only files ending in S")
-    add("--language", action="append", default=[], metavar="L", help="keep only documents in L, such as Python")
-    add("--max-file-bytes", type=int, metavar="N", help="pass over larger text and code files")
-    add("--no-gitignore", action="store_true", help="read also what .gitignore files name")
-    add("--git", action="store_true", help="read repositories at HEAD, tracked files only")
-    add(
-        "--text-documents",
-        choices=("file", "line", "blank-line"),
-        default="file",
-        help="what a document of a text file is (default: file)",
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,16 +123,7 @@ def _train(args: argparse.Namespace, samples: Mapping[str, SourceSample], vocab_
 def _sources(args: argparse.Namespace) -> dict[str, SampleSource]:
     if bool(args.input) == bool(args.source):
         raise ConfigError("give either --input PATH... or --source NAME=WEIGHT:PATH[,PATH], the one or the other")
-    options = ReadOptions(
-        text_field=args.text_field,
-        language_field=args.language_field,
-        suffixes=tuple(args.suffix),
-        languages=tuple(args.language),
-        max_file_bytes=args.max_file_bytes,
-        gitignore=not args.no_gitignore,
-        git=args.git,
-        text_documents=args.text_documents,
-    )
+    options = read_options(args)
     found: dict[str, SampleSource] = {}
     for name, weight, paths in [(str(path), 1.0, [str(path)]) for path in args.input] or map(_parsed, args.source):
         if name in found:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from itertools import pairwise
 
 from megatron.config.errors import ConfigError
 from megatron.data.stage_shapes import StageShapes
@@ -74,23 +73,16 @@ def solve_events(
 
 def _limit(room: int, shapes: StageShapes) -> int:
     """Tokens at which a source's target stops, so that its counts never take more than its room."""
-    lengths = [step.seq_length for step in shapes.steps]
-    changes = sum(abs(later - earlier) for earlier, later in pairwise(lengths))
-    if changes == 0:
-        return room // lengths[0] * lengths[0]
-    return max(0, room - changes - max(lengths))
+    if shapes.length_changes == 0:
+        return room // shapes.longest_sequence * shapes.longest_sequence
+    return max(0, room - shapes.length_changes - shapes.longest_sequence)
 
 
 def _refuse_in_ramp(
     weights: WeightFunction, limits: Mapping[str, int], samples: int, shapes: StageShapes, where: str
 ) -> None:
-    borders = sorted({0, samples, *(start for start in shapes.change_starts if start < samples)})
     for name, limit in sorted(limits.items()):
-        tokens = sum(
-            shapes.at(begin).seq_length * (weights.target(name, end) - weights.target(name, begin))
-            for begin, end in pairwise(borders)
-        )
-        if tokens > limit:
+        if shapes.target_tokens(weights, name, samples) > limit:
             raise ConfigError(
                 f"{where}: source {name!r} runs dry inside a ramp of its weight, which renormalise cannot solve: "
                 f"raise sources.{name}.max_epochs, shorten the stage, or replace the ramp by phases"

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron.config.durable_files import sync_path
 from megatron.config.errors import StorageError
 from megatron.data.permutation import Words
 from megatron.data.piece_table import STRIDE
@@ -130,11 +131,7 @@ def publish(path: Path, key: IndexKey, sums: Words) -> None:
     except BaseException:
         os.unlink(name)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_path(path.parent)
 
 
 def _clear_leftovers(path: Path) -> None:

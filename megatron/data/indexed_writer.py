@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megatron.config.durable_files import sync_path
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.indexed_format import CHUNK, CODE_OF_DTYPE, HEADER, MAGIC, VERSION, path_of
 
@@ -148,9 +149,9 @@ class IndexedDatasetWriter:
         path_of(self.prefix, ".idx").unlink(missing_ok=True)
         os.replace(self._partial, path_of(self.prefix, ".bin"))
         os.replace(manifest_partial, path_of(self.prefix, ".json"))
-        _sync_folder(self.prefix.parent)
+        sync_path(self.prefix.parent)
         os.replace(index_partial, path_of(self.prefix, ".idx"))
-        _sync_folder(self.prefix.parent)
+        sync_path(self.prefix.parent)
         self._finished = True
         self._file.close()
         return manifest
@@ -217,11 +218,3 @@ def _sync_and_close(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

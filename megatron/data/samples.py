@@ -7,8 +7,7 @@ no layout, no micro-batch, no worker count (law M3). It imports no torch.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -113,10 +112,8 @@ class SampleStream:
         chosen = [stage.weights.sources[index] for index in self._mixture.take(shape.global_batch_size).tolist()]
         record = self.ledger.stages[-1]
         cursors = [0] * len(chosen)
-        samples: list[Sample] = [
-            Sample(first + place, stage.name, name, self._sources[name].source_id, [])
-            for place, name in enumerate(chosen)
-        ]
+        pieces: list[list[EpochSpan]] = [[]] * len(chosen)
+        rearranged: list[tuple[int, ...]] = [()] * len(chosen)
         for name in dict.fromkeys(chosen):
             places = [place for place, source in enumerate(chosen) if source == name]
             stream = self._streams[name]
@@ -126,7 +123,7 @@ class SampleStream:
                 rows = stream.take_rows(len(places) * shape.seq_length, shape.seq_length)
                 cut = cut_into_samples(rows, shape.seq_length, self._fim_rules.get(name))
                 for place, (spans, fim) in zip(places, cut, strict=True):
-                    samples[place] = replace(samples[place], pieces=spans, fim=fim, fim_rule=self._fim_rules.get(name))
+                    pieces[place], rearranged[place] = spans, fim
                     if owned is None or place in owned:
                         record.use[name].displaced += DISPLACED * len(fim)
             else:
@@ -138,12 +135,23 @@ class SampleStream:
         words = np.array([self._words[name] for name in chosen], dtype=np.uint64)
         numbers = range(first, first + len(chosen))
         add_to_order(self.ledger.order, order_sums(numbers, words, cursors, shape.seq_length))
-        return samples
+        return [
+            Sample(
+                first + place,
+                stage.name,
+                name,
+                self._sources[name].source_id,
+                pieces[place],
+                rearranged[place],
+                self._fim_rules.get(name),
+            )
+            for place, name in enumerate(chosen)
+        ]
 
     def _note_unused(self, stage: TrainingStage, record: StageRecord) -> None:
+        below = leftover_bound(stage.shapes)
         for name, use in record.use.items():
             left = stage.facts[name].cap_tokens - self.ledger.sources[name].lifetime_tokens
-            below = leftover_bound(stage.shapes)
             use.unused = left if stage.facts[name].dry != "repeat" and 0 < left < below else 0
 
     def _count(self, record: StageRecord, name: str, samples: int, seq_length: int) -> None:
@@ -286,6 +294,5 @@ def cut_into_samples(
 
 def leftover_bound(shapes: StageShapes) -> int:
     """Tokens below which what a cap leaves of a source is too little for another sample: see `dry_sources`."""
-    lengths = [step.seq_length for step in shapes.steps]
-    changes = sum(abs(later - earlier) for earlier, later in pairwise(lengths))
-    return 2 * changes + 3 * max(lengths) if changes else lengths[0]
+    changes, longest = shapes.length_changes, shapes.longest_sequence
+    return 2 * changes + 3 * longest if changes else longest

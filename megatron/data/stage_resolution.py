@@ -68,7 +68,8 @@ class ResolvedStage:
 
     def reference(self) -> MixtureReference:
         """What other stages may refer to."""
-        return MixtureReference(self.profile, target_tokens(self.weights, self.shapes, self.samples))
+        tokens = {name: self.shapes.target_tokens(self.weights, name, self.samples) for name in self.weights.sources}
+        return MixtureReference(self.profile, tokens)
 
 
 class StageResolver:
@@ -235,19 +236,6 @@ class StageResolver:
                 f"max_epochs is {fact.max_epochs}{little}. Set sources.{name}.max_epochs = {remedy}, or "
                 f'sources.{name}.dry to "repeat" or "renormalise", or give it less weight'
             )
-
-
-def target_tokens(weights: WeightFunction, shapes: StageShapes, samples: int) -> dict[str, Fraction]:
-    """The integral of each source's weight over the first `samples` samples, in tokens."""
-    borders = sorted({0, samples, *(step.start for step in shapes.steps if step.start < samples)})
-    result = {}
-    for name in weights.sources:
-        targets = [weights.target(name, border) for border in borders]
-        parts = zip(borders, targets, targets[1:], strict=False)
-        result[name] = sum(
-            (shapes.at(border).seq_length * (end - begin) for border, begin, end in parts), start=Fraction(0)
-        )
-    return result
 
 
 def _as_frozen(name: str, fact: SourceFacts, frozen: FrozenStage | None) -> SourceFacts:

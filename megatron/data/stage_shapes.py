@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from megatron.config.errors import ConfigError
 from megatron.config.quantities import Quantity, parse_quantity
 from megatron.config.schema import BatchRampSection, ShapeSection, StageSection
+from megatron.data.weight_function import WeightFunction
 
 
 class ShapeStep(NamedTuple):
@@ -65,10 +66,14 @@ class StageShapes:
         return max(step.seq_length for step in self.steps)
 
     @property
+    def length_changes(self) -> int:
+        """The sizes of all changes of the sequence length together: how far tokens may stray from what counts say."""
+        return sum(abs(later.seq_length - step.seq_length) for step, later in pairwise(self.steps))
+
+    @property
     def change_starts(self) -> tuple[int, ...]:
         """The sample numbers at which the sequence length changes."""
-        pairs = zip(self.steps, self.steps[1:], strict=False)
-        return tuple(later.start for step, later in pairs if step.seq_length != later.seq_length)
+        return tuple(later.start for step, later in pairwise(self.steps) if step.seq_length != later.seq_length)
 
     def at(self, sample: int) -> ShapeStep:
         """The step that holds a sample number."""
@@ -105,6 +110,13 @@ class StageShapes:
             return Fraction(quantity.amount) * self.tokens_at(samples)
         amount = int(quantity.amount)
         return Fraction(self.tokens_at(self.samples_at_batch(amount) if quantity.unit == "steps" else amount))
+
+    def target_tokens(self, weights: WeightFunction, source: str, samples: int) -> Fraction:
+        """Tokens that a source should have of the first `samples` samples: the integral of its weight, in tokens."""
+        borders = [*(step.start for step in self.steps if step.start < samples), samples]
+        targets = [weights.target(source, border) for border in borders]
+        pieces = zip(self.steps, targets, targets[1:], strict=False)
+        return sum((step.seq_length * (end - begin) for step, begin, end in pieces), Fraction(0))
 
     def in_unit(self, unit: str, samples: int) -> int:
         """The first `samples` samples in tokens, steps or samples."""

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron.checkpoint.storage import io_errors, sync_file
+from megatron.checkpoint.storage import io_errors
+from megatron.config.durable_files import sync_path
 from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
 from megatron.hf.architecture import architecture_for, config_json
@@ -183,13 +184,13 @@ def _shards(source: CheckpointSource, dtype: torch.dtype) -> Iterator[dict[str, 
 def _publish(aside: Path, output: Path) -> None:
     with io_errors(output, "publish"):
         for path in aside.rglob("*"):
-            sync_file(path)
-        sync_file(aside)
+            sync_path(path)
+        sync_path(aside)
         old = output.parent / f".{output.name}.old-{os.getpid()}"
         if output.exists():
             os.rename(output, old)
         os.rename(aside, output)
-        sync_file(output.parent)
+        sync_path(output.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 

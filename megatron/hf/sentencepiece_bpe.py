@@ -17,6 +17,7 @@ from typing import Any
 from megatron.config.errors import ConfigError
 from megatron.tokenizers.base import looks_like_marker
 from megatron.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, read_pieces
+from megatron.tokenizers.sentencepiece_plain_bpe import merges_by_score
 
 SPACE = "\u2581"
 _PROBES = ("\ufb01 \u2460 \uff21", "e\u0301", "  two  spaces ", "tab\tand\r\nlines\n\n", "a\u00a0b\u200b")
@@ -40,7 +41,7 @@ def convert_sentencepiece(path: Path) -> tuple[Any, str]:
     unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
     bpe = BPE(
         vocab={name: number for number, name in enumerate(names)},
-        merges=_merges(pieces, names),
+        merges=merges_by_score({n: p.score for n, p in zip(names, pieces, strict=True) if p.kind == NORMAL}),
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,
@@ -61,18 +62,6 @@ def convert_sentencepiece(path: Path) -> tuple[Any, str]:
 def _control(piece: Piece) -> bool:
     """Pieces that text never matches, as our own tokenizer has it."""
     return piece.kind in (CONTROL, UNKNOWN) or (piece.kind == USER_DEFINED and looks_like_marker(piece.text))
-
-
-def _merges(pieces: list[Piece], names: list[str]) -> list[tuple[str, str]]:
-    normal = {name: piece.score for name, piece in zip(names, pieces, strict=True) if piece.kind == NORMAL}
-    ranked: list[tuple[float, int, str, str]] = []
-    for name, score in normal.items():
-        for cut in range(1, len(name)):
-            left, right = name[:cut], name[cut:]
-            if left in normal and right in normal:
-                # Of several cuts of one piece the longer left part first: runs of spaces are joined from the left.
-                ranked.append((-score, -cut, left, right))
-    return [(left, right) for _, _, left, right in sorted(ranked)]
 
 
 def _dummy_prefix(model: Any, path: Path) -> bool:

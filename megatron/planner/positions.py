@@ -75,13 +75,7 @@ def stage_of_token(schedule: Schedule, token: int) -> TrainingStage:
 
 def source_tokens_at(stage: TrainingStage, source: str, sample_offset: int) -> Fraction:
     """Tokens of a source that the stage's first `sample_offset` samples should have: the integral of its weight."""
-    total = Fraction(0)
-    for part in stretches(stage):
-        if part.start < sample_offset:
-            end = min(sample_offset, part.end)
-            samples = stage.weights.target(source, end) - stage.weights.target(source, part.start)
-            total += samples * part.seq_length
-    return total
+    return stage.shapes.target_tokens(stage.weights, source, sample_offset)
 
 
 def used_at(stage: TrainingStage, source: str, sample_offset: int) -> Fraction:

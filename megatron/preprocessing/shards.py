@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.config.durable_files import write_whole
 from megatron.preprocessing.options import Shard
 from megatron.preprocessing.parts import PartKey, open_part
 from megatron.preprocessing.quarantine import with_lines
-from megatron.preprocessing.work_plan import WorkPlan, write_whole
+from megatron.preprocessing.work_plan import WorkPlan
 
 IN_USE = "in-use.lock"
 _REFERENCE = "reference-encoder.json"
@@ -36,7 +37,7 @@ def current_encoder(folder: Path, plan: WorkPlan) -> CurrentEncoder:
 
 def switch_to_reference(folder: Path, why: str) -> None:
     """From now on no part of another encoder is taken, in any shard."""
-    write_whole(folder / _REFERENCE, json.dumps({"why": why}) + "\n")
+    write_whole(folder / _REFERENCE, f"{json.dumps({'why': why})}\n".encode())
 
 
 def shard_lock(folder: Path, shard: Shard) -> Path:
@@ -56,7 +57,7 @@ def mark_complete(folder: Path, shard: Shard, plan: WorkPlan, backend: str, keys
     with quarantine_path(folder, shard.number, plan).open("wb") as file:
         file.writelines(with_lines(lines))
     marker = {"plan": plan.fingerprint, "backend": backend, "parts": [list(key) for key in keys]}
-    write_whole(_marker(folder, shard.number, plan.shards), json.dumps(marker) + "\n")
+    write_whole(_marker(folder, shard.number, plan.shards), f"{json.dumps(marker)}\n".encode())
 
 
 def read_shard_marker(folder: Path, number: int, plan: WorkPlan, backend: str) -> list[tuple[int, int]] | None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron.config.durable_files import write_whole
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.version import VERSION
 from megatron.corpora.read_options import InputFile
@@ -182,8 +183,8 @@ def read_plan(folder: Path) -> WorkPlan | None:
 
 def write_plan(folder: Path, plan: WorkPlan, files: FileList) -> None:
     """Write plan and list of files, the plan last."""
-    write_whole(folder / FILES_NAME, "".join(files.lines()))
-    write_whole(folder / PLAN_NAME, json.dumps(plan.content, indent=1) + "\n")
+    write_whole(folder / FILES_NAME, "".join(files.lines()).encode())
+    write_whole(folder / PLAN_NAME, f"{json.dumps(plan.content, indent=1)}\n".encode())
 
 
 def refuse_other_plan(folder: Path, plan: WorkPlan, found: WorkPlan, files: FileList, kept: int) -> None:
@@ -222,16 +223,3 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
             yield from _differences(f"{name}.{key}" if name else key, old.get(key), new.get(key))
     elif old != new:
         yield f"{name}: {json.dumps(old)} became {json.dumps(new, ensure_ascii=False)}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears with all of this text or not at all, durable."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

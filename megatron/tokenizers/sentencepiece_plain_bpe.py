@@ -9,7 +9,7 @@ vocabulary, so that ids stay, and no merge leads to them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.tokenizers.base import NotPlainBpe, looks_like_marker
@@ -58,7 +58,7 @@ def describe_sentencepiece(pieces: list[Piece], content: bytes) -> tuple[str, Te
         "byte_fallback": True,
         "ignore_merges": False,
         "vocab": {piece.text: number for number, piece in enumerate(pieces)},
-        "merges": _merges(pieces),
+        "merges": merges_by_score({piece.text: piece.score for piece in pieces if piece.kind == NORMAL}),
     }
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     prefix = {"type": "Prepend", "prepend": "\u2581"}
@@ -85,13 +85,13 @@ def prepared_text(processor: Any, rules: TextRules) -> Callable[[str], str] | No
     return processor.normalize if rules.rewrites else None
 
 
-def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    normal = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
+def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to cut a piece in two others, in the order in which SentencePiece joins them: by the piece's score."""
     ranked: list[tuple[float, int, str, str]] = []
-    for text, score in normal.items():
+    for text, score in scores.items():
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
-            if left in normal and right in normal:
+            if left in scores and right in scores:
                 # Of several cuts of one piece the longer left part first: runs of spaces are joined from the left.
                 ranked.append((-score, -cut, left, right))
     return [(left, right) for _, _, left, right in sorted(ranked)]

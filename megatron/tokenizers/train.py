@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Literal
 
 import sentencepiece
 
+from megatron.config.durable_files import write_whole
 from megatron.config.errors import ConfigError, DataError
 from megatron.tokenizers.base import looks_like_marker, utf8_of
 from megatron.tokenizers.tiktoken_patterns import KNOWN
@@ -78,7 +78,8 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise _explained(error, sample.total_bytes, vocab_size) from None
-    _publish(output, model.getvalue())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, model.getvalue())
     return TrainingReport(sample.documents, sample.total_bytes, vocab_size)
 
 
@@ -123,8 +124,9 @@ def train_byte_level_bpe(
         "additional_special_tokens": list(special),
         "clean_up_tokenization_spaces": False,
     }
-    _publish(output.parent / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    _publish(output, (tokenizer.to_str(pretty=True) + "\n").encode())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output.parent / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(output, (tokenizer.to_str(pretty=True) + "\n").encode())
     return TrainingReport(sample.documents, sample.total_bytes, vocab_size)
 
 
@@ -183,16 +185,3 @@ class _Sample:
                 self.total_bytes += len(chunk.encode())
                 if self.total_bytes >= self._limit:
                     return
-
-
-def _publish(output: Path, content: bytes) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.storage import io_errors, sync_file
+from megatron.checkpoint.storage import io_errors
+from megatron.config.durable_files import sync_path
 from megatron.config.errors import ConfigError
 
 
@@ -64,9 +65,9 @@ class RunFolder:
         aside = path.with_name(f".{name}.tmp")
         with io_errors(path, "write"):
             aside.write_text(text, encoding="utf-8")
-            sync_file(aside)
+            sync_path(aside)
             os.replace(aside, path)
-            sync_file(self.path)
+            sync_path(self.path)
 
     def record_exit(self, code: int, reason: str, progress: dict[str, Any]) -> None:
         """Writes exit.json, which launchers read: a launcher of several processes may hide the exit code itself."""
