@@ -73,6 +73,9 @@ class ModelSection(Section):
     partial_rotary_factor: float | None = Field(None, gt=0, le=1)
     tie_word_embeddings: bool | None = None
     initializer_range: float | None = Field(None, gt=0)
+    hidden_dropout: float | None = Field(
+        None, ge=0, lt=1, description="of the embedding and of what a layer adds to the residual stream; default 0"
+    )
     document_mask: bool = Field(True, description="attention and positions never cross a document's end")
 
 
@@ -125,13 +128,17 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW or plain SGD; biases and norms are never decayed."""
+    """AdamW, Muon with AdamW, or plain SGD; biases and norms are never decayed."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "muon"] = Field(
+        "adamw", description="muon: for the matrices of layers; embedding, head, norms and biases stay with AdamW"
+    )
+    implementation: Literal["torch", "apex"] = Field("torch", description="whose fused kernel runs AdamW")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="muon only; with Nesterov's look-ahead")
     clip_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
 
 
@@ -246,13 +253,33 @@ class ParallelSection(Section):
     """The layout. It changes speed and memory, never the loss curve."""
 
     engine: Literal["torch", "deepspeed"] = "torch"
-    tensor: int = Field(1, ge=1)
-    sequence: bool = False
-    pipeline: int = Field(1, ge=1)
-    context: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, description="ranks that share each layer's matrices")
+    sequence: bool = Field(False, description="norms and residuals cut along the sequence over the tensor ranks")
+    pipeline: int = Field(1, ge=1, description="ranks that share the layers out")
+    virtual: int = Field(2, ge=1, description="pipeline stages on each rank, for schedule = interleaved")
+    context: int = Field(1, ge=1, description="ranks that share each sequence")
+    context_method: Literal["auto", "all-to-all", "gather"] = Field(
+        "auto", description="attention over context ranks: heads exchanged, or keys and values gathered"
+    )
     schedule: Literal["1f1b", "interleaved", "zero-bubble", "zbv"] = "1f1b"
-    data_shard: Literal["none", "optimizer", "gradients", "full"] = "none"
+    data_shard: Literal["none", "optimizer", "gradients", "full"] = Field(
+        "none", description="what is cut over the data ranks, as ZeRO 0, 1, 2, 3"
+    )
+    data_replicate: int = Field(1, ge=1, description="groups of data ranks that hold the same shards (hybrid shard)")
     recompute: Literal["none", "selective", "full"] = "none"
+    recompute_policy: Literal["attention", "operations"] = Field(
+        "attention", description="selective: forget the attention core, or all but the outputs of matrix products"
+    )
+    recompute_layers: int | None = Field(None, ge=0, description="so many first layers of each stage; default all")
+    offload: Literal["none", "optimizer"] = Field("none", description="deepspeed: optimizer state in host memory")
+    deepspeed_config: str | None = Field(None, description="DeepSpeed's own JSON, for its own knobs")
+
+
+class HealthSection(Section):
+    """How a job of several processes notices that one of them is lost or hangs."""
+
+    watchdog_seconds: int = Field(1800, ge=0, description="without any progress until the job ends; 0: never")
+    start_seconds: int = Field(600, ge=1, description="for all processes to find each other and for any collective")
 
 
 class CheckpointSection(Section):
@@ -260,6 +287,7 @@ class CheckpointSection(Section):
 
     every: int = Field(1000, ge=1, description="steps")
     keep: int = Field(3, ge=1, description="newest checkpoints kept; those at stage ends are kept besides")
+    asynchronous: bool = Field(False, description="training goes on while files are written")
 
 
 class LogSection(Section):
@@ -288,6 +316,7 @@ class RunConfig(Section):
     )
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    health: HealthSection = HealthSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")

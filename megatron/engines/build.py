@@ -14,7 +14,7 @@ from megatron.engines.torch_engine import TorchEngine
 from megatron.models.attention import AttentionBackend
 from megatron.models.decoder import Decoder
 from megatron.models.initialise import initialise
-from megatron.parallel.mesh import Mesh, current_mesh
+from megatron.parallel.mesh import Mesh, one_process_mesh
 
 
 def build_engine(
@@ -35,7 +35,7 @@ def build_engine(
     _refuse_what_is_not_there(parallel_section)
     if precision not in COMPUTE_DTYPES:
         raise ValueError(f"precision {precision!r} is not resolved: give choose_precision's name")
-    mesh = mesh or current_mesh()
+    mesh = mesh or one_process_mesh()
     backend = attention_backend(mesh.device)
     model = _initial_model(shape, seed, precision, mesh.device, backend)
     description = {

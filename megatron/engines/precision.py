@@ -13,7 +13,7 @@ from megatron.engines.base import PrecisionChoice
 from megatron.models.attention import AttentionBackend
 from megatron.models.decoder import Decoder
 from megatron.models.initialise import initialise
-from megatron.parallel.mesh import current_mesh
+from megatron.parallel.mesh import launched, local_device
 from megatron.parallel.random import keyed_generator
 
 COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,7 +51,7 @@ def choose_precision(
     device: default this process's.
     Raises UnavailableError where bf16 is asked for and cannot run.
     """
-    device = device or current_mesh().device
+    device = device or local_device(launched().local_rank)
     if asked not in ("auto", *COMPUTE_DTYPES):
         raise ConfigError(f"train.precision {asked!r} is unknown: use auto, {', '.join(COMPUTE_DTYPES)}")
     obstacle = bf16_support(device) if asked in ("auto", "bf16") else None
