@@ -44,6 +44,8 @@ DOORS = {
     "pyarrow": "megatron/corpora/parquet.py",
     "matplotlib": "megatron/planner/plan_picture.py",
     "rensa": "megatron/corpora/near_duplicates.py",
+    "apex": "megatron/optim/apex_adam.py",
+    "amp_C": "megatron/optim/apex_adam.py",
 }
 TORCH_FREE = (
     "megatron/config/*.py",

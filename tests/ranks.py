@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 import traceback
@@ -19,16 +20,17 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: fl
     """body(*args) in each of world_size processes, which find each other as under torchrun; their results by rank.
 
     The first rank that fails is raised here with its traceback; every process is gone when this returns.
-    body: a module's function; arguments and results are pickled.
+    body: a module's function; arguments and results are pickled, tensors by value.
     """
     from torch.distributed import TCPStore
 
+    work = pickle.dumps((body, args))  # by value: multiprocessing would share tensors' memory
     store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     pipes: list[Connection] = []
     processes = []
     for rank in range(world_size):
         mine, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(theirs, rank, world_size, store.port, body, args), daemon=True)
+        process = _context.Process(target=_rank, args=(theirs, rank, world_size, store.port, work), daemon=True)
         process.start()
         theirs.close()
         pipes.append(mine)
@@ -54,7 +56,7 @@ def _results(pipes: list[Connection], end: float, timeout: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                kind, value = pipe.recv()  # type: ignore[union-attr]
+                kind, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise RuntimeError(f"rank {rank} ended without a result") from None
             if kind == "error":
@@ -63,7 +65,7 @@ def _results(pipes: list[Connection], end: float, timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(pipe: Connection, rank: int, world_size: int, port: int, body: Callable[..., Any], args: Any) -> None:
+def _rank(pipe: Connection, rank: int, world_size: int, port: int, work: bytes) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -78,9 +80,10 @@ def _rank(pipe: Connection, rank: int, world_size: int, port: int, body: Callabl
 
     torch.set_num_threads(1)
     try:
-        pipe.send(("result", body(*args)))
+        body, args = pickle.loads(work)
+        pipe.send_bytes(pickle.dumps(("result", body(*args))))
     except BaseException:
-        pipe.send(("error", traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
     finally:
         pipe.close()
         # Threads of process groups may wait for ranks that have failed: there is nothing left to tidy.

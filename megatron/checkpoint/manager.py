@@ -2,111 +2,191 @@
 
 A checkpoint is a folder `step-000001000`:
 
-    manifest.json               files with bytes and sha256, tensors with shape, dtype and file; written last
+    manifest.json               files with bytes and sha256, tensors with shape, dtype and all shards; written last
     state.json                  step, consumed samples and tokens, data position, precision, …: plain JSON
-    model/*.safetensors         weights by global name, fp32 masters
+    model/*.safetensors         weights by global name, fp32 masters: model-<rank>-of-<ranks>-<number>, all from 0
     optimizer/*.safetensors     "<parameter>/exp_avg", "<parameter>/exp_avg_sq", "<parameter>/step"
     rng.safetensors             states of the random generators
     config.toml, tokenizer/…    copies of what the run was made with
 
-Tensors are plain, whole safetensors files. torch.distributed.checkpoint's HuggingFaceStorageReader reads the same
-files and reshards them, so that sharded layouts load what one process saved.
+Every rank writes the shards that it holds, and any rank reads any box of any tensor, whatever cut it was saved in.
+torch.distributed.checkpoint's HuggingFaceStorageReader reads and reshards the same files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
+import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.checkpoint.manifest import NAME, build_manifest, manifest_bytes, read_manifest, verify
+from megatron.checkpoint.board import Board, LocalBoard, Meeting
+from megatron.checkpoint.host_copies import HostCopies
+from megatron.checkpoint.joint_save import ASIDE, JointSave, Write
+from megatron.checkpoint.manifest import NAME, Seal, read_manifest, verify
+from megatron.checkpoint.shard_files import write_shards
 from megatron.checkpoint.storage import Storage, Tensors, read_tensors
-from megatron.config.errors import CheckpointError, StorageError
+from megatron.checkpoint.stored_tensors import StoredTensors
+from megatron.checkpoint.tensor_shards import TensorShards
+from megatron.config.errors import CheckpointError
 
-ASIDE, RETIRED = ".tmp-", ".old-"
-FILE_BYTES = 4 * 10**9
+RETIRED = ".old-"
 _STEP = re.compile(r"^step-(\d{9,})$")
 
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A checkpoint that was found whole."""
+    """A checkpoint that was found whole. tensors: of its manifest, part -> name -> shape, dtype, shards."""
 
     path: Path
     step: int
     state: dict[str, Any]
+    tensors: Mapping[str, Mapping[str, Any]] = field(repr=False, compare=False)
 
-    def model(self) -> dict[str, torch.Tensor]:
-        """Weights by global name."""
-        return self._part("model")
+    def model(self) -> StoredTensors:
+        """Weights by global name, read when asked for."""
+        return StoredTensors(self.path, self.tensors["model"])
 
-    def optimizer(self) -> dict[str, torch.Tensor]:
-        """Optimizer state, flat, "<parameter>/<field>"."""
-        return self._part("optimizer")
+    def optimizer(self) -> StoredTensors:
+        """Optimizer state, flat, "<parameter>/<field>", read when asked for."""
+        return StoredTensors(self.path, self.tensors["optimizer"])
 
     def rng(self) -> dict[str, torch.Tensor]:
-        """States of the random generators."""
+        """States of the random generators, in memory."""
         return read_tensors(self.path / "rng.safetensors")
 
-    def _part(self, part: str) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
-        for path in sorted((self.path / part).glob("*.safetensors")):
-            tensors.update(read_tensors(path))
-        return tensors
+
+class _Flight:
+    """A save that runs in a thread of its own."""
+
+    def __init__(self, step: int, save: JointSave) -> None:
+        self.step = step
+        self.error: BaseException | None = None
+        self._save = save
+        self.thread = threading.Thread(target=self._run, name=f"save of step {step}")
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._save.run()
+        except BaseException as error:
+            self.error = error
 
 
 class CheckpointManager:
-    """The checkpoints of one run. `keep` newest ones stay, and besides them those saved with `keep_forever`."""
+    """The checkpoints of one run. `keep` newest ones stay, and besides them those saved with `keep_forever`.
 
-    def __init__(self, folder: Path, keep: int = 3, storage: Storage | None = None) -> None:
+    Every rank has one, with its board. Methods marked "all ranks" are called by every rank in the same order, from one
+    thread, and end alike on all of them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 3,
+        storage: Storage | None = None,
+        board: Board | None = None,
+        seconds: float = 1800,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """board: None for one process. seconds: bound of each wait for other ranks. say: hears notes, on rank 0."""
         self.folder = Path(folder)
         self.keep = keep
         self.storage = storage or Storage()
+        self._board = board or LocalBoard()
+        self._seconds = seconds
+        self._say = say or (lambda words: None)
         self._damaged: set[Path] = set()
+        self._flight: _Flight | None = None
+        self._copies = HostCopies()
 
     def save(
         self,
         step: int,
-        model: Tensors,
-        optimizer: Tensors,
+        model: TensorShards,
+        optimizer: TensorShards,
         rng: Tensors,
         state: dict[str, Any],
         extra_files: Mapping[str, bytes | Path] | None = None,
         keep_forever: bool = False,
         retire: bool = True,
-    ) -> CheckpointRef:
-        """Writes a checkpoint aside, makes it durable, publishes it by one rename; then retires surplus old ones.
+        asynchronous: bool = False,
+    ) -> Path:
+        """All ranks: writes a checkpoint aside, makes it durable, publishes it by one rename; retires surplus old ones.
 
-        `extra_files` maps a path inside the checkpoint to its bytes, or to a file to copy. With `retire=False` no
-        older checkpoint is deleted. Raises StorageError; whatever was saved before is then still there, untouched.
+        model, optimizer: what this rank is to write; over all ranks they cover each tensor exactly once (`whole_shards`
+        for plain tensors). They are read once, name by name in sorted order. rng, state and extra_files (path in the
+        checkpoint -> bytes, or a file to copy): of rank 0, the others' are not looked at. With `retire=False` no older
+        checkpoint is deleted. Returns the folder's path.
+
+        With `asynchronous=True` it returns when everything is copied to host memory: what changes afterwards is not in
+        the checkpoint, which is there once `finish` has returned. A save in flight is waited for first.
+
+        Raises StorageError that names rank and path, or the ranks that did not answer, also for the save in flight;
+        CheckpointError where shards do not cover a tensor. Whatever was saved before is then still there, untouched.
         """
-        self._sweep()
-        final = self.folder / f"step-{step:09d}"
-        aside = self.folder / f"{ASIDE}{final.name}-{os.getpid()}"
+        self._land(step)
+        extra = dict(extra_files or {})
+        write: Write
         try:
-            self._write(aside, {"model": model, "optimizer": optimizer}, rng, state, extra_files or {})
-            manifest = build_manifest(aside, step, keep_forever)
-            self.storage.write_bytes(aside / NAME, manifest_bytes(manifest))
-            for path in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
-                self.storage.sync_folder(path)
-            if final.exists():
-                self.set_aside(final)
-            self.storage.rename(aside, final)
-        except Exception:
-            if aside.exists():
-                self._remove_quietly(aside)
-            raise
-        self._damaged.discard(final)
-        if retire:
-            self._retire()
-        return CheckpointRef(final, step, state)
+            parts = {"model": model, "optimizer": optimizer}
+            if asynchronous:
+                parts = {part: self._copies.of_shards(part, shards) for part, shards in parts.items()}
+                rng = {name: tensor.detach().to("cpu", copy=True) for name, tensor in rng.items()}
+                self._copies.wait()
+                extra = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in extra.items()}
+            words = (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
+            write = partial(self._write, parts=parts, rng=rng, state=words, extra_files=extra)
+        except Exception as error:
+            # The other ranks are on their way: they must hear of it rather than wait for this one.
+            write = partial(_fail, error=error)
+        joint = self._joint(step, keep_forever, retire, ["model", "optimizer", *_folders_of(extra)], write)
+        if asynchronous:
+            self._flight = _Flight(step, joint)
+        else:
+            joint.run()
+        return joint.final
+
+    def finish(self) -> None:
+        """All ranks: waits for the save in flight, where there is one. Raises what went wrong in it, as `save` does."""
+        flight, self._flight = self._flight, None
+        if flight:
+            flight.thread.join()
+            if flight.error:
+                raise flight.error
+
+    def poll(self) -> None:
+        """Raises what went wrong in a save that is no longer in flight. Never waits."""
+        if self._flight and not self._flight.thread.is_alive():
+            self.finish()
+
+    def adopt(self, found: CheckpointRef, keep_forever: bool = True) -> Path:
+        """All ranks: makes a copy of a whole checkpoint of another run one of this run's, under the same step.
+
+        Files are copied one by one, each rank its share, and checked on the way; no tensor is decoded and nothing is
+        retired. Returns the copy's path. Raises as `save` does, CheckpointError where a file is no longer whole.
+        """
+        self._land(found.step)
+        files: dict[str, Seal] = read_manifest(found.path)["files"]
+
+        def write(aside: Path) -> dict[str, Seal]:
+            seals = {}
+            for name in sorted(files)[self._board.rank :: self._board.size]:
+                seals[name] = self.storage.copy_file(found.path / name, aside / name)
+                if seals[name] != files[name]:
+                    raise CheckpointError(f"{found.path / name}: expected {files[name]}, found {seals[name]}")
+            return seals
+
+        joint = self._joint(found.step, keep_forever, False, ["model", "optimizer", *_folders_of(files)], write)
+        joint.run()
+        return joint.final
 
     def steps(self) -> list[tuple[int, Path]]:
         """Every published checkpoint, whole or not, oldest first."""
@@ -121,18 +201,19 @@ class CheckpointManager:
         return str(steps[-1][1]) if steps else "not yet written"
 
     def newest_whole(self, report: Callable[[str], None]) -> CheckpointRef | None:
-        """The newest checkpoint that is whole, or None where there is none at all.
+        """All ranks: the newest checkpoint that is whole, or None where there is none at all.
 
-        Each damaged one is named to `report` and passed over. Raises CheckpointError where all are damaged.
+        Each damaged one is named to `report` on rank 0 and passed over. Raises CheckpointError where all are damaged.
         """
         problems: list[str] = []
-        for _, path in reversed(self.steps()):
+        for path in self._steps_seen_by_rank_0():
             try:
-                found = open_checkpoint(path)
+                found = self.open(path)
             except CheckpointError as error:
                 problems.append(str(error))
                 self._damaged.add(path)
-                report(f"damaged checkpoint passed over: {error}")
+                if self._board.rank == 0:
+                    report(f"damaged checkpoint passed over: {error}")
                 continue
             return found
         if problems:
@@ -142,12 +223,29 @@ class CheckpointManager:
             )
         return None
 
+    def open(self, path: Path) -> CheckpointRef:
+        """All ranks: the checkpoint at `path`, every byte of it verified by one rank.
+
+        Raises CheckpointError where it is absent or damaged; StorageError where a rank does not answer.
+        """
+        meeting = self._meet(path)
+        problem, found = "", None
+        try:
+            found = _open(Path(path), meeting.rank, meeting.size)
+        except Exception as error:
+            problem = str(error) if isinstance(error, CheckpointError) else f"{path}: {type(error).__name__}: {error}"
+        verdict = meeting.agree("verified", problem)
+        if verdict or found is None:
+            raise CheckpointError(verdict)
+        return found
+
     def is_whole_as_far_as_known(self, path: Path) -> bool:
         """False for a checkpoint that this manager has found damaged. Nothing is read."""
         return path not in self._damaged
 
     def set_aside(self, path: Path) -> Path:
-        """Moves a checkpoint out of the run's sight without deleting it: to `discarded/` beside the others."""
+        """Rank 0 only, with no save in flight: moves a checkpoint out of the run's sight without deleting it, to
+        `discarded/` beside the others."""
         place = self.folder / "discarded"
         self.storage.make_folder(place)
         number = sum(1 for _ in place.iterdir())
@@ -155,32 +253,77 @@ class CheckpointManager:
         self.storage.rename(path, target)
         return target
 
+    def _meet(self, about: Path) -> Meeting:
+        return Meeting(self._board, self._seconds, str(about))
+
+    def _land(self, step: int) -> None:
+        """The save in flight is waited for, with a note if that takes long enough to notice."""
+        flight, began = self._flight, time.monotonic()
+        self.finish()
+        seconds = time.monotonic() - began
+        if flight and seconds > 0.1 and self._board.rank == 0:
+            self._say(f"waited {seconds:.1f} s for the save of step {flight.step} before that of step {step}")
+
+    def _joint(self, step: int, keep_forever: bool, retire: bool, folders: list[str], write: Write) -> JointSave:
+        final = self.folder / f"step-{step:09d}"
+
+        def make_way() -> None:
+            if final.exists():
+                self.set_aside(final)
+
+        def after_publishing() -> None:
+            self._damaged.discard(final)
+            if retire:
+                self._retire()
+
+        return JointSave(
+            self._meet(final),
+            self.storage,
+            final,
+            step,
+            keep_forever,
+            list(dict.fromkeys(folders)),
+            write,
+            self._sweep,
+            make_way,
+            after_publishing,
+        )
+
+    def _steps_seen_by_rank_0(self) -> list[Path]:
+        """The newest first. A rank may see a shared folder late."""
+        meeting = self._meet(self.folder)
+        names = [path.name for _, path in reversed(self.steps())]
+        if meeting.rank == 0:
+            meeting.announce("steps", json.dumps(names).encode())
+        else:
+            names = json.loads(meeting.hear("steps"))
+        return [self.folder / name for name in names]
+
     def _write(
         self,
         aside: Path,
-        parts: dict[str, Tensors],
+        parts: Mapping[str, TensorShards],
         rng: Tensors,
-        state: dict[str, Any],
+        state: bytes,
         extra_files: Mapping[str, bytes | Path],
-    ) -> None:
-        self.storage.make_folder(aside)
-        for part, tensors in parts.items():
-            self.storage.make_folder(aside / part)
-            files = _split(tensors)
-            for index, names in enumerate(files, start=1):
-                path = aside / part / f"{part}-{index:05d}-of-{len(files):05d}.safetensors"
-                self.storage.write_tensors(path, {name: tensors[name] for name in names})
-        self.storage.write_tensors(aside / "rng.safetensors", rng)
-        self.storage.write_bytes(aside / "state.json", (json.dumps(state, indent=1, allow_nan=False) + "\n").encode())
+    ) -> dict[str, Seal]:
+        """This rank's files; rank 0 also writes what there is only one of."""
+        seals: dict[str, Seal] = {}
+        for part, shards in parts.items():
+            seals |= write_shards(self.storage, aside, part, shards, self._board.rank, self._board.size)
+        if self._board.rank:
+            return seals
+        seals["rng.safetensors"] = self.storage.write_tensors(aside / "rng.safetensors", rng)
+        seals["state.json"] = self.storage.write_bytes(aside / "state.json", state)
         for name, content in extra_files.items():
-            self.storage.make_folder((aside / name).parent)
             if isinstance(content, bytes):
-                self.storage.write_bytes(aside / name, content)
+                seals[name] = self.storage.write_bytes(aside / name, content)
             else:
-                self.storage.copy_file(content, aside / name)
+                seals[name] = self.storage.copy_file(content, aside / name)
+        return seals
 
     def _sweep(self) -> None:
-        """Removes what killed saves and killed deletions left behind."""
+        """Removes what killed saves and deletions left behind. Called as a save begins, which is the only one then."""
         self.storage.make_folder(self.folder)
         for path in list(self.folder.iterdir()):
             if path.name.startswith((ASIDE, RETIRED)):
@@ -190,27 +333,28 @@ class CheckpointManager:
         passing = [path for _, path in self.steps() if path not in self._damaged and not _keeps_forever(path)]
         for path in passing[: -self.keep]:
             # Renamed first: a half-deleted folder must never look like a checkpoint.
-            retired = path.with_name(f"{RETIRED}{path.name}-{os.getpid()}")
+            retired = path.with_name(f"{RETIRED}{path.name}")
             self.storage.rename(path, retired)
             self.storage.remove_folder(retired)
 
-    def _remove_quietly(self, path: Path) -> None:
-        # The error that stopped the save is the one to show; the next save sweeps what stays here.
-        with contextlib.suppress(StorageError):
-            self.storage.remove_folder(path)
-
 
 def open_checkpoint(path: Path) -> CheckpointRef:
-    """The checkpoint at `path`, every byte of it verified. Raises CheckpointError where it is absent or damaged."""
-    path = Path(path)
+    """The checkpoint at `path`, every byte of it verified by this process alone.
+
+    Raises CheckpointError where it is absent or damaged.
+    """
+    return _open(Path(path), 0, 1)
+
+
+def _open(path: Path, rank: int, ranks: int) -> CheckpointRef:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder")
-    manifest = verify(path)
+    manifest = verify(path, rank, ranks)
     for name in ("state.json", "rng.safetensors"):
         if name not in manifest["files"]:
             raise CheckpointError(f"{path / name}: expected in {NAME}, found no entry")
     state = json.loads((path / "state.json").read_bytes())
-    return CheckpointRef(path, manifest["step"], state)
+    return CheckpointRef(path, manifest["step"], state, manifest["tensors"])
 
 
 def _keeps_forever(path: Path) -> bool:
@@ -220,15 +364,9 @@ def _keeps_forever(path: Path) -> bool:
         return True  # not ours to delete: its damage is named when the run looks for a checkpoint
 
 
-def _split(tensors: Tensors) -> list[list[str]]:
-    """Names by file: sorted, at most FILE_BYTES a file (one tensor may be larger), never no file."""
-    files: list[list[str]] = [[]]
-    size = 0
-    for name in sorted(tensors):
-        bytes_here = tensors[name].numel() * tensors[name].element_size()
-        if files[-1] and size + bytes_here > FILE_BYTES:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += bytes_here
-    return files
+def _fail(aside: Path, error: Exception) -> dict[str, Seal]:
+    raise error
+
+
+def _folders_of(files: Mapping[str, Any]) -> list[str]:
+    return sorted({Path(name).parent.as_posix() for name in files} - {"."})

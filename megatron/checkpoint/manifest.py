@@ -1,48 +1,68 @@
-"""The manifest of a checkpoint: every file with size and SHA-256, every tensor with shape, dtype and file.
+"""The manifest of a checkpoint: every file with size and SHA-256, every tensor with shape, dtype and all its shards.
 
 It is written last, in one canonical spelling, and carries a checksum of itself: a checkpoint whose manifest agrees
-with its files is whole, and every other one is damaged.
+with its files, and whose shards cover every tensor exactly once, is whole; every other one is damaged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from megatron.checkpoint.coverage import fault_in_cover
 from megatron.config.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 PARTS = ("model", "optimizer", "rng")
+OFFSETS, OFFSET = "DCP_SHARDING_INFO", "saved_offsets"
+"""Where torch.distributed.checkpoint looks for the offsets of cut tensors in a file's metadata."""
+SHAPES = "whole_shapes"
+"""Where we keep the shapes of the tensors that a file holds parts of: a missing last shard must not go unnoticed."""
+
+Seal = dict[str, Any]
+"""bytes and sha256 of a file, as it was written."""
 
 
-def build_manifest(folder: Path, step: int, keep_forever: bool) -> dict[str, Any]:
-    """The manifest of what lies in `folder` now."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(sha256_of, paths))
-    files = {
-        name: {"bytes": path.stat().st_size, "sha256": digest}
-        for name, path, digest in zip(names, paths, digests, strict=True)
-    }
+def build_manifest(
+    folder: Path, step: int, keep_forever: bool, seals: Mapping[str, Seal] | None = None
+) -> dict[str, Any]:
+    """The manifest of `folder`: of the files in `seals`, by their path in it, or of all that lie there now.
+
+    Raises CheckpointError where shards contradict each other or do not cover a tensor exactly once.
+    """
+    if seals is None:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            digests = list(pool.map(sha256_of, paths))
+        seals = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
+    names = [name for name in sorted(seals) if name.endswith(".safetensors")]
     tensors: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
-    for name, path in zip(names, paths, strict=True):
-        if name.endswith(".safetensors"):
-            tensors[_part(name)].update(_tensors_of(path, name))
-    return {"format": FORMAT, "step": step, "keep_forever": keep_forever, "files": files, "tensors": tensors}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        boxes = list(pool.map(lambda name: _boxes_in(folder / name), names))
+    for file, found in zip(names, boxes, strict=True):
+        for name, box in found.items():
+            _add_shard(tensors[_part(file)], folder, name, file, box)
+    files = {name: dict(seal) for name, seal in seals.items()}
+    manifest = {"format": FORMAT, "step": step, "keep_forever": keep_forever, "files": files, "tensors": tensors}
+    _check_coverage(folder, manifest, 0, 1)
+    return manifest
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
-    """The one spelling of a manifest, with the checksum of everything else in it."""
+    """The one spelling of a manifest, a line for each tensor, with the checksum of everything else in it."""
     body = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**body, "manifest_sha256": digest}, sort_keys=True, indent=1) + "\n").encode()
+    return (_spelled({**body, "manifest_sha256": digest}, 0) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -62,27 +82,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in {"step": int, "keep_forever": bool, "files": dict, "tensors": dict}.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path}: expected {key} of type {kind.__name__}, found {manifest.get(key)!r:.60}")
-    expected = json.loads(manifest_bytes(manifest))["manifest_sha256"]
-    if manifest_bytes(manifest) != raw:
+    spelled = manifest_bytes(manifest)
+    if spelled != raw:
+        expected = json.loads(spelled)["manifest_sha256"]
         raise CheckpointError(f"{path}: expected sha256 {manifest.get('manifest_sha256')} of itself, found {expected}")
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint. Raises CheckpointError with file, what was expected and what was found."""
+def verify(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """The manifest of a whole checkpoint, or of one whose share for `rank` of `ranks` is whole.
+
+    Raises CheckpointError with file or tensor, what was expected and what was found.
+    """
     manifest = read_manifest(folder)
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    for name, entry in files.items():
-        _check_size(folder, name, entry)
-    stale = [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).as_posix() not in files]
-    if stale:
-        raise CheckpointError(f"{stale[0]}: expected only files that {NAME} lists, found one that it does not")
+    files: dict[str, Seal] = manifest["files"]
+    share = sorted(files)[rank::ranks]
+    for name in share:
+        _check_size(folder, name, files[name])
+    stray = [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).as_posix() not in files]
+    if stray:
+        raise CheckpointError(f"{stray[0]}: expected only files that {NAME} lists, found one that it does not")
     with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(sha256_of, [folder / name for name in files]))
-    for (name, entry), digest in zip(files.items(), digests, strict=True):
-        if digest != entry["sha256"]:
-            raise CheckpointError(f"{folder / name}: expected sha256 {entry['sha256']}, found {digest}")
-    _check_tensors(folder, manifest)
+        digests = list(pool.map(sha256_of, [folder / name for name in share]))
+    for name, digest in zip(share, digests, strict=True):
+        if digest != files[name]["sha256"]:
+            raise CheckpointError(f"{folder / name}: expected sha256 {files[name]['sha256']}, found {digest}")
+    _check_coverage(folder, manifest, rank, ranks)
+    _check_tensors(folder, manifest, share)
     return manifest
 
 
@@ -95,7 +121,16 @@ def sha256_of(path: Path) -> str:
         raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror or error}") from None
 
 
-def _check_size(folder: Path, name: str, entry: dict[str, Any]) -> None:
+def _spelled(value: Any, depth: int) -> str:
+    """JSON with sorted keys, the upper three levels a line for each entry: 500,000 shards stay one line a tensor."""
+    if depth == 3 or not isinstance(value, dict) or not value:
+        return json.dumps(value, sort_keys=True)
+    indent = " " * (depth + 1)
+    lines = [f"{indent}{json.dumps(key)}: {_spelled(value[key], depth + 1)}" for key in sorted(value)]
+    return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
+
+
+def _check_size(folder: Path, name: str, entry: Seal) -> None:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise CheckpointError(f"{folder / NAME}: expected paths inside the checkpoint, found {name!r}")
@@ -106,30 +141,72 @@ def _check_size(folder: Path, name: str, entry: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: expected {entry['bytes']} bytes, found {path.stat().st_size}")
 
 
-def _check_tensors(folder: Path, manifest: dict[str, Any]) -> None:
-    found: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
-    for name in manifest["files"]:
-        if name.endswith(".safetensors"):
-            found[_part(name)].update(_tensors_of(folder / name, name))
-    for part in PARTS:
-        expected = manifest["tensors"][part]
-        for name in sorted({*expected, *found[part]}):
-            if expected.get(name) != found[part].get(name):
-                where = folder / (expected.get(name) or found[part][name])["file"]
+def _check_coverage(folder: Path, manifest: dict[str, Any], rank: int, ranks: int) -> None:
+    names = [(part, name) for part in PARTS for name in sorted(manifest["tensors"].get(part, {}))]
+    for part, name in names[rank::ranks]:
+        entry = manifest["tensors"][part][name]
+        try:
+            shards = entry["shards"]
+            boxes = [(tuple(shard["offset"]), tuple(shard["shape"])) for shard in shards]
+            files = [shard["file"] for shard in shards]
+            fault = fault_in_cover(entry["shape"], boxes) if shards else "it has no shard"
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / NAME}: tensor {name}: expected shards, found {error!r}") from None
+        for file in files:
+            if file not in manifest["files"]:
+                raise CheckpointError(f"{folder / NAME}: tensor {name}: expected shards in listed files, found {file}")
+        if fault:
+            where = ", ".join(f"{number}: {file}" for number, file in enumerate(files[:8]))
+            raise CheckpointError(
+                f"{folder}: {part} tensor {name}: expected shards that cover it exactly once, found a fault: {fault} "
+                f"({where}{', …' if len(files) > 8 else ''})"
+            )
+
+
+def _check_tensors(folder: Path, manifest: dict[str, Any], share: Iterable[str]) -> None:
+    """What the files of the share hold is what the manifest says that they hold."""
+    mine = {name for name in share if name.endswith(".safetensors")}
+    expected: dict[str, dict[str, Any]] = {file: {} for file in mine}
+    for entries in manifest["tensors"].values():
+        for name, entry in entries.items():
+            for shard in entry["shards"]:
+                if shard["file"] in mine:
+                    box = {"offset": shard["offset"], "shape": shard["shape"]}
+                    expected[shard["file"]][name] = {"whole": entry["shape"], "dtype": entry["dtype"], **box}
+    for file in sorted(mine):
+        found = _boxes_in(folder / file)
+        for name in sorted({*expected[file], *found}):
+            if expected[file].get(name) != found.get(name):
                 raise CheckpointError(
-                    f"{where}: tensor {name}: expected {expected.get(name)}, found {found[part].get(name)}"
+                    f"{folder / file}: tensor {name}: expected {expected[file].get(name)}, found {found.get(name)}"
                 )
 
 
-def _tensors_of(path: Path, name: str) -> dict[str, dict[str, Any]]:
+def _add_shard(entries: dict[str, Any], folder: Path, name: str, file: str, box: dict[str, Any]) -> None:
+    entry = entries.setdefault(name, {"shape": box["whole"], "dtype": box["dtype"], "shards": []})
+    if (entry["shape"], entry["dtype"]) != (box["whole"], box["dtype"]):
+        raise CheckpointError(
+            f"{folder / file}: tensor {name}: expected a shard of {entry['dtype']} {entry['shape']} as in "
+            f"{entry['shards'][0]['file']}, found one of {box['dtype']} {box['whole']}"
+        )
+    entry["shards"].append({"file": file, "offset": box["offset"], "shape": box["shape"]})
+
+
+def _boxes_in(path: Path) -> dict[str, dict[str, Any]]:
+    """By tensor name, what a file holds of it: whole (its shape), dtype, offset and shape of the box."""
     try:
         with safe_open(path, framework="numpy") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                key: {"shape": list(part.get_shape()), "dtype": part.get_dtype(), "file": name, "shards": 1}
-                for key, part in slices.items()
-            }
-    except (OSError, SafetensorError) as error:
+            metadata = file.metadata() or {}
+            offsets, shapes = json.loads(metadata.get(OFFSETS, "{}")), json.loads(metadata.get(SHAPES, "{}"))
+            boxes = {}
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                shape = list(part.get_shape())
+                offset = offsets[name][OFFSET] if name in offsets else [0] * len(shape)
+                whole = shapes.get(name, shape)
+                boxes[name] = {"whole": whole, "dtype": part.get_dtype(), "offset": offset, "shape": shape}
+            return boxes
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected a safetensors file, found: {error}") from None
 
 

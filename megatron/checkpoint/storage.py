@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from megatron.checkpoint.manifest import Seal
+from megatron.checkpoint.tensor_format import file_bytes
 from megatron.config.durable_files import sync_path
 from megatron.config.errors import CheckpointError, StorageError
 
 Tensors = Mapping[str, torch.Tensor]
+_CHUNK = 16 * 2**20
 
 
 class Storage:
-    """Durable writes: what a method wrote is on the disk when it returns, or StorageError names path and reason."""
+    """Durable writes: what a method wrote is on the disk when it returns, or StorageError names path and reason.
+
+    A file's seal is of the bytes meant, hashed on their way to the file: what a disk made of them, reading shows.
+    """
 
     def make_folder(self, path: Path) -> None:
         """A folder and its parents. It is durable only after `sync_folder` of its parent."""
         with io_errors(path, "create the folder"):
             path.mkdir(parents=True, exist_ok=True)
 
-    def write_bytes(self, path: Path, data: bytes) -> None:
+    def write_bytes(self, path: Path, data: bytes) -> Seal:
         """One new file with these bytes, fsynced."""
-        with io_errors(path, "write"), open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def write_tensors(self, path: Path, tensors: Tensors) -> None:
-        """One new safetensors file, fsynced. Tensors are written from the CPU, contiguous, each with its own memory."""
         with io_errors(path, "write"):
-            save_file({name: _own_memory(tensor) for name, tensor in tensors.items()}, path)
-            sync_path(path)
+            return _write(path, [data])
 
-    def copy_file(self, source: Path, target: Path) -> None:
+    def write_tensors(self, path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Seal:
+        """One new safetensors file, fsynced. Tensors of any device and stride; one at a time is copied."""
+        with io_errors(path, "write"):
+            return _write(path, file_bytes(tensors, metadata or {}))
+
+    def copy_file(self, source: Path, target: Path) -> Seal:
         """A new copy of a file, fsynced."""
-        with io_errors(target, f"copy {source} to"):
-            shutil.copyfile(source, target)
-            sync_path(target)
+        with io_errors(target, f"copy {source} to"), open(source, "rb") as file:
+            return _write(target, iter(lambda: file.read(_CHUNK), b""))
 
     def sync_folder(self, path: Path) -> None:
         """Makes the folder's entries durable."""
@@ -89,15 +92,22 @@ def io_errors(path: Path, action: str) -> Iterator[None]:
         ) from error
 
 
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> Seal:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+            del piece  # the tensor behind it may go before the next one is copied
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
 def _error_number(error: Exception) -> int | None:
     """The errno of an I/O error; the safetensors library gives it in words only."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO
     match = re.search(r"os error (\d+)", str(error))
     return int(match.group(1)) if match else None
-
-
-def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().to("cpu").contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()

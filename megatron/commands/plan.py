@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from itertools import groupby
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from megatron.commands.frame import config_arguments, load_from
 from megatron.commands.tables import clipped, console_for_tables, in_chunks, new_table
 from megatron.config.errors import ConfigError
 from megatron.config.load import json_schema
-from megatron.config.model_shape import resolve_model
+from megatron.config.model_shape import VOCABULARY_MULTIPLE, resolve_model
 from megatron.config.quantities import format_count
 from megatron.config.schema import RunConfig
+from megatron.planner.layout_plan import batches_of, default_processes, plan_layout
 from megatron.planner.ledger_files import read_ledger
 from megatron.planner.plan import plan_of, shapes_words
 from megatron.planner.plan_warnings import warnings_of
@@ -32,6 +34,7 @@ example:
   stagemix plan CONFIG --html plan.html      # one file for a browser or a mail: charts, tables, warnings
   stagemix plan CONFIG --png plan.png        # for slides; needs: pip install 'stagemix[plot]'
   stagemix plan CONFIG --ledger runs/mine    # would this edited config resume that run?
+  stagemix plan CONFIG --processes 64        # how [parallel] lies over so many: layers, bytes, bubble
 
 The drawing shows the share of each source over tokens: one column is a slice of one training stage, a rule stands
 where a stage ends, and the learning rate is beneath. Colours by group; without colour (NO_COLOR, a pipe) letters.
@@ -41,8 +44,9 @@ Sources whose files are not there yet can be planned with: sources.NAME.tokens =
 --json prints one object: "steps", "samples", "tokens", "stages" (with "asked_tokens", "lr_before" and "lr_start" at
 its beginning, "lr_first" and "lr_last" of its steps, "sources", and "groups" with "error" at its end and "error_below"
 after any sample), "sources" (each with "tokens_by_stage", "epochs_after" each stage, "passes" of 1, 2 and 4 epochs,
-"dry_at", "never_seen", "left_to_cap" and "unused" tokens), "groups", and "warnings" (each with "gravity", "kind" and
-"text", and "exit_code" where train would refuse).
+"dry_at", "never_seen", "left_to_cap" and "unused" tokens), "groups", "layout" (with "axes", "refusals", "notes",
+"batches" with "microbatches" and "bubble", "stages" of the pipeline, "ranks" with their "bytes"; null without a model),
+and "warnings" (each with "gravity", "kind" and "text", and "exit_code" where train would refuse).
 """
 
 
@@ -50,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="of the layout; default the product of the axes in [parallel]"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the plan as one self-contained page")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw mixture, rate and epochs as a picture")
     parser.add_argument("--detail", action="store_true", help="also every weight, count and target by stage and source")
@@ -84,12 +91,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.width is not None and args.width < 40:
         parser.error(f"--width {args.width}: the drawing needs at least 40 columns")
+    if args.processes is not None and args.processes < 1:
+        parser.error(f"--processes {args.processes}: at least one is needed")
     config = load_from(args)
     ledger = read_ledger(args.ledger) if args.ledger else None
     run = resolve_run(config, ledger=ledger, allow_lr_change=args.allow_lr_change)
     plan = plan_of(run, config.stages, config.train.tokens)
-    plan["warnings"] = warnings_of(plan, config.tokenizer.path, config.parallel, _has_sentinels(config, plan))
-    plan["warnings"] = [*_refused_model(config, run), *plan["warnings"]]
+    plan["layout"], refused = _plan_layout(config, run, args.processes)
+    plan["warnings"] = [*refused, *warnings_of(plan, config.tokenizer.path, _has_sentinels(config, plan))]
     written = _draw(args, config.run.name, run, plan)
     if args.json:
         print(json.dumps(plan, indent=2))
@@ -100,15 +109,32 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _refused_model(config: RunConfig, run: ResolvedRun) -> list[dict[str, Any]]:
-    """What train will say of a [model] table that is no decoder. A plan needs none."""
-    longest = max(stage.shapes.longest_sequence for stage in run.schedule.stages)
+def _plan_layout(
+    config: RunConfig, run: ResolvedRun, processes: int | None
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The layout's part of the plan, and what train will say of a [model] table that is no decoder. A plan of the
+    mixture needs none."""
+    section = config.parallel
+    processes = processes or default_processes(section)
+    vocabulary = config.model.vocab_size or _vocabulary(config.tokenizer.path, processes)
     try:
-        resolve_model(config.model, config.model.vocab_size or 1, longest)
+        # One that every tensor size divides stands for a vocabulary that is not known yet.
+        known = vocabulary or lcm(VOCABULARY_MULTIPLE, section.tensor)
+        shape = resolve_model(config.model, known, max(stage.shapes.longest_sequence for stage in run.schedule.stages))
     except ConfigError as error:
         text = f"train will refuse the model: {error}"
-        return [{"gravity": "high", "kind": "train-refuses", "exit_code": error.exit_code, "text": text}]
-    return []
+        return None, [{"gravity": "high", "kind": "train-refuses", "exit_code": error.exit_code, "text": text}]
+    batches = batches_of(run.schedule)
+    return plan_layout(section, shape, config.train, config.optimizer, batches, processes, vocabulary is not None), []
+
+
+def _vocabulary(path: str, processes: int) -> int | None:
+    """A tokenizer's ids; it is loaded only where there is a layout to plan. None where it is not there yet."""
+    if path != "bytes" and (processes == 1 or not Path(path).exists()):
+        return None
+    from megatron.tokenizers.load import load_tokenizer
+
+    return load_tokenizer(path).vocab_size
 
 
 def _has_sentinels(config: RunConfig, plan: dict[str, Any]) -> bool:
@@ -153,6 +179,7 @@ def _show(name: str, run: ResolvedRun, plan: dict[str, Any], console: Console, a
     _show_tokens(plan, console)
     _show_repetition(plan, console)
     _show_what_is_left(plan, console)
+    _show_layout(plan["layout"], console)
     if args.detail:
         _show_detail(plan, console)
     _show_warnings(plan, console)
@@ -322,6 +349,37 @@ def _show_detail(plan: dict[str, Any], console: Console) -> None:
             )
         table.add_section()
     console.print(table)
+
+
+def _show_layout(layout: dict[str, Any] | None, console: Console) -> None:
+    """Of several processes; one process has nothing to show."""
+    if layout is None or layout["processes"] == 1 or layout["refusals"]:
+        return
+    console.print(f"Layout over {layout['processes']} processes: {layout['words']}", style="bold", soft_wrap=True)
+    if "ranks" in layout:
+        table = new_table("", "pipeline rank", "layers", "parameters", "weights", "gradients", "optimizer", "in all")
+        for row in layout["ranks"]:
+            held = [stage for stage in layout["stages"] if stage["stage"] in row["stages"]]
+            parts = row.get("bytes", {})
+            table.add_row(
+                str(row["pipeline_rank"]),
+                ", ".join(f"{first}-{end - 1}" for first, end in (stage["layers"] for stage in held)),
+                format_count(sum(stage["parameters"] for stage in held)),
+                *(_bytes(parts.get(key)) for key in ("parameters", "gradients", "optimizer", "total")),
+            )
+        console.print(table)
+        console.print("  bytes of one rank, without activations and weights gathered to compute with")
+    for row in layout["batches"]:
+        shape = f"batch {row['global_batch_size']} x {row['seq_length']}"
+        bubble = f", bubble {row['bubble']:.1%} of the step" if layout["axes"]["pipeline"] > 1 else ""
+        console.print(f"  {shape}: {row['microbatches']} microbatches a step on each data rank{bubble}")
+    console.print()
+
+
+def _bytes(number: int | None) -> str:
+    if number is None:
+        return ""
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**30 / 10 else f"{number / 2**20:,.2f} MiB"
 
 
 def _show_warnings(plan: dict[str, Any], console: Console) -> None:

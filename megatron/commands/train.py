@@ -13,13 +13,30 @@ same command again goes on from the newest whole checkpoint, bit for bit as if n
 
 SIGTERM, SIGINT (Ctrl-C) or SIGUSR1: the step is finished, a checkpoint saved, exit code 75. A second one: at once.
 
+Several processes share a run out as [parallel] says; what its axes leave of the processes is the data axis. Rank 0
+alone writes the folder and speaks. All end together: a signal to any rank stops all at the same step, and the first
+error of any ends all with its code. Give every process the same command line, files and versions: one that differs is
+refused by name.
+
 exit codes: 0 done · 2 config · 3 data · 4 checkpoint · 5 the config changes the past · 6 choice not available here ·
-8 losses are not finite · 74 disk · 75 stopped by a signal, start again to go on
+8 losses are not finite · 9 a process hangs · 10 a process was lost · 74 disk · 75 stopped by a signal, start again to
+go on. A launcher may end with another: torchrun gives 1 for any failure. Read OUTPUT/exit.json.
 
 examples:
   stagemix train run.toml
   stagemix train run.toml --set run.output=runs/second --set train.micro_batch_size=2
   stagemix train run.toml --resume-from runs/mine/checkpoints/step-000000100
+
+  torchrun --nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 300 \\
+      tools/train.py run.toml
+    Without SIGUSR1 in --signals-to-handle it kills torchrun and leaves its processes behind. They are killed when
+    --shutdown-timeout seconds (30 by default) have passed since the signal: give a step and a save the time they take.
+
+  srun --ntasks-per-node 8 --kill-on-bad-exit=1 stagemix train run.toml
+    The batch script exports MASTER_ADDR (the first node's name) and MASTER_PORT (a free port there); sbatch's
+    --signal=USR1@300 asks for a stop, and so for a checkpoint, 300 seconds before the time is over.
+
+  deepspeed --num_gpus 8 tools/train.py run.toml
 """
 
 

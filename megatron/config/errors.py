@@ -17,6 +17,7 @@ EXIT_UNAVAILABLE = 6
 EXIT_PROOF_FAILED = 7
 EXIT_NON_FINITE = 8
 EXIT_WATCHDOG = 9
+EXIT_LOST_PROCESS = 10
 EXIT_IO = 74
 EXIT_REQUEUE = 75
 
@@ -80,6 +81,18 @@ class NonFiniteError(StagemixError):
     """Too many steps in a row with a loss or a gradient that is not finite."""
 
     exit_code = EXIT_NON_FINITE
+
+
+class WatchdogError(StagemixError):
+    """Nothing moved for health.watchdog_seconds."""
+
+    exit_code = EXIT_WATCHDOG
+
+
+class LostProcessError(StagemixError):
+    """Another process of the job ended without a word, or never came."""
+
+    exit_code = EXIT_LOST_PROCESS
 
 
 class StorageError(StagemixError):

@@ -6,7 +6,7 @@ Free of torch, so that a login node can plan with it.
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from megatron.config.errors import ConfigError
@@ -44,6 +44,7 @@ class ModelShape:
     initializer_range: float
     document_mask: bool
     max_position_embeddings: int
+    hidden_dropout: float = 0.0
 
     @property
     def rotary_dim(self) -> int:
@@ -89,8 +90,12 @@ class ModelShape:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelShape:
-        """The shape that `to_json` wrote. ConfigError names fields that are missing, unknown or of another type."""
+        """The shape that `to_json` wrote. ConfigError names fields that are missing, unknown or of another type.
+
+        Fields with a default are younger than the first checkpoints and may be missing.
+        """
         names = {field.name: str(field.type) for field in fields(cls)}
+        data = {field.name: field.default for field in fields(cls) if field.default is not MISSING} | data
         if missing := sorted(names.keys() - data.keys()):
             raise ConfigError(f"model shape lacks {', '.join(missing)}")
         if unknown := sorted(data.keys() - names.keys()):

@@ -22,6 +22,7 @@ LLAMA_STYLE: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
+    "hidden_dropout": 0.0,
 }
 
 NEOX_STYLE: dict[str, Any] = {

@@ -32,7 +32,8 @@ class Microbatch:
     tokens [b, T] int64 · targets [b, T] int64, -100 where there is none · document_ids [b, T] int32, the number of the
     piece along each row · position_ids [b, T] int64, from 0 in each piece · cu_seqlens [pieces + 1] int32, the pieces'
     bounds over the rows laid end to end: 0, the end of each piece, b * T · longest_piece: its positions (flash
-    attention's max_seqlen) · source_ids [b] int64, numbering sources by name.
+    attention's max_seqlen) · source_ids [b] int64, numbering sources by name · sample_numbers [b] int64, the rows'
+    numbers among all samples of the run (0 for held-out rows, which are none of them).
     """
 
     tokens: Tensor
@@ -42,16 +43,19 @@ class Microbatch:
     cu_seqlens: Tensor
     longest_piece: int
     source_ids: Tensor
+    sample_numbers: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A global batch and the data position after it.
+    """A global batch and the data position after it; where it is shared out among data ranks, one rank's rows of it.
 
-    step: its number, from 1 · tokens: input positions · valid_targets: targets that count · digest: 64 bits over
-    (sample number, place, id) of every input, independent of layout and micro-batch · position: the ledger after this
-    batch as JSON values, which is what a checkpoint stores · loaded: what the samples that were read for it add to the
-    two sums of the order hash (`assembly.loaded_sums`).
+    step: its number, from 1 · position: the ledger after this batch as JSON values, which is what a checkpoint stores.
+
+    Of the rows that were read, and so sums over data ranks give those of the global batch (the latter two modulo
+    2^64): microbatches · valid_targets: targets that count · digest: 64 bits over (sample number, place, id) of every
+    input, independent of layout and micro-batch · loaded: what these samples add to the two sums of the order hash
+    (`assembly.loaded_sums`). Of the global batch on every rank: samples, tokens (input positions), samples_by_source.
     """
 
     microbatches: list[Microbatch]
@@ -72,8 +76,9 @@ class BatchLoader:
 
     `prefetch` batches are prepared ahead by `workers` threads; the order depends on neither. 0 prepares each when it is
     asked for. pin_memory: tensors in page-locked memory, for copies to a CUDA device that do not wait; without such a
-    device it has no effect. Errors of the threads are raised where the batch would have been given. Use as a context
-    manager, or call `close`.
+    device it has no effect. data_rank of data_size reads rows rank*B/size .. (rank+1)*B/size - 1 of each global batch
+    of B, and no others; the ledger is the same on all of them. Errors of the threads are raised where the batch would
+    have been given. Use as a context manager, or call `close`.
     """
 
     def __init__(
@@ -85,9 +90,14 @@ class BatchLoader:
         *,
         workers: int = 1,
         pin_memory: bool = False,
+        data_rank: int = 0,
+        data_size: int = 1,
     ) -> None:
         if workers < 1:
             raise ValueError(f"at least one worker is needed, not {workers}")
+        if not 0 <= data_rank < data_size:
+            raise ValueError(f"data rank {data_rank} is not one of {data_size}")
+        self._data_rank, self._data_size = data_rank, data_size
         self._stream = stream
         self._sources = sources
         self._words = {name: fingerprint_word(source.fingerprint) for name, source in sources.items()}
@@ -152,8 +162,11 @@ class BatchLoader:
     def _plan_next(self) -> partial[Batch]:
         """Moves the stream by a batch; what it gives reads that batch, in any thread."""
         stage = self._stream.training_stage()
-        seq_length = self._stream.shape().seq_length
-        samples = self._stream.next_batch()
+        shape = self._stream.shape()
+        seq_length, mine = shape.seq_length, self._rows(shape.global_batch_size)
+        # What fill-in-the-middle displaces is counted where pieces are looked up, and every rank's ledger needs all.
+        everything = self._data_size == 1 or bool(stage.fim)
+        samples = self._stream.next_batch(None if everything else mine)
         self._step += 1
         by_source: dict[str, int] = {}
         for sample in samples:
@@ -170,12 +183,21 @@ class BatchLoader:
             position=position,
             samples_by_source=by_source,
         )
-        return partial(self._read, made, samples, cursors, seq_length)
+        return partial(self._read, made, samples, mine, cursors, seq_length)
 
-    def _read(self, made: partial[Batch], samples: list[Sample], cursors: Mapping[str, int], seq_length: int) -> Batch:
+    def _rows(self, global_batch_size: int) -> range:
+        """This data rank's places in a global batch."""
+        whole, left = divmod(global_batch_size, self._data_size)
+        if left:
+            raise ValueError(f"a batch of {global_batch_size} cannot be shared out equally to {self._data_size} ranks")
+        return range(self._data_rank * whole, (self._data_rank + 1) * whole)
+
+    def _read(
+        self, made: partial[Batch], samples: list[Sample], mine: range, cursors: Mapping[str, int], seq_length: int
+    ) -> Batch:
         microbatches, digest, valid = [], 0, 0
-        for start in range(0, len(samples), self._micro_batch_size):
-            rows = samples[start : start + self._micro_batch_size]
+        for start in range(mine.start, mine.stop, self._micro_batch_size):
+            rows = samples[start : min(start + self._micro_batch_size, mine.stop)]
             micro = read_microbatch(rows, self._sources, seq_length, self._pin_memory)
             digest += int(batch_digest([sample.number for sample in rows], micro.tokens.numpy()), 16)
             valid += int(np.count_nonzero(micro.targets.numpy() >= 0))
@@ -184,7 +206,7 @@ class BatchLoader:
             microbatches=microbatches,
             valid_targets=valid,
             digest=f"{digest & (2**64 - 1):016x}",
-            loaded=loaded_sums(samples, range(len(samples)), cursors, self._words, seq_length),
+            loaded=loaded_sums(samples, mine, cursors, self._words, seq_length),
         )
 
 
@@ -197,9 +219,11 @@ def read_microbatch(
     documents = torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory)
     out = BatchArrays(tokens.numpy(), targets.numpy(), documents.numpy(), positions.numpy())
     bounds = assemble_batch(samples, sources, out)
-    small = (torch.from_numpy(bounds), torch.tensor([sample.source_id for sample in samples], dtype=torch.int64))
-    cu_seqlens, source_ids = (tensor.pin_memory() if pin_memory else tensor for tensor in small)
-    return Microbatch(tokens, targets, documents, positions, cu_seqlens, int(np.diff(bounds).max()), source_ids)
+    ids, numbers = ([sample.source_id for sample in samples], [sample.number for sample in samples])
+    small = (torch.from_numpy(bounds), *(torch.tensor(values, dtype=torch.int64) for values in (ids, numbers)))
+    cu_seqlens, source_ids, sample_numbers = (tensor.pin_memory() if pin_memory else tensor for tensor in small)
+    longest = int(np.diff(bounds).max())
+    return Microbatch(tokens, targets, documents, positions, cu_seqlens, longest, source_ids, sample_numbers)
 
 
 def validation_batches(

@@ -12,9 +12,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
+
 
 class MicrobatchLike(Protocol):
-    """What one forward pass reads. b sequences of T input positions; any object with these four will do."""
+    """What one forward pass reads. b sequences of T input positions; any object with these five will do."""
 
     @property
     def tokens(self) -> Tensor:
@@ -31,6 +33,10 @@ class MicrobatchLike(Protocol):
     @property
     def source_ids(self) -> Tensor:
         """Which source each row comes from, int64 [b]."""
+
+    @property
+    def sample_numbers(self) -> Tensor:
+        """The rows' numbers among all samples of the run, int64 [b]; dropout is keyed by them."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +70,42 @@ class PrecisionChoice:
 
 
 class Engine(Protocol):
-    """Trains one model. Tensors in and out of states have global names and whole shapes, whatever the layout."""
+    """Trains one model, on however many ranks.
+
+    Tensors in and out of states have global names; each rank gives the shards that it is to write and reads the boxes
+    that it holds. Every method but describe and parameter_count is called by all ranks together.
+    """
 
     def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
-        """One optimizer step over a global batch, at learning rate lr."""
+        """One optimizer step at learning rate lr.
+
+        Data rank r of n is given rows r*B/n to (r+1)*B/n of the global batch of B, whatever else it shares them with.
+        The result is that of the global batch, on every rank.
+        """
 
     def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
-        """Source id -> (sum of losses in nats, valid targets). Changes no state, random state included."""
+        """Source id -> (sum of losses in nats, valid targets). Changes no state, random state included.
 
-    def model_state(self) -> dict[str, Tensor]:
+        Every rank is given the same microbatches; data ranks share them out.
+        """
+
+    def model_state(self) -> TensorShards:
         """Master weights by parameter name: live tensors, to be read or copied before the next step."""
 
-    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_model_state(self, source: TensorSource) -> None:
         """Takes over weights. CheckpointError names what is missing, unknown or of another shape."""
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> TensorShards:
         """Flat: "<parameter>/exp_avg", "<parameter>/exp_avg_sq", "<parameter>/step". Empty before the first step."""
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `optimizer_state` gave, bit for bit; an empty mapping resets."""
+    def load_optimizer_state(self, source: TensorSource) -> None:
+        """Takes over what `optimizer_state` gave, bit for bit; a source without names resets."""
 
     def reset_optimizer(self) -> None:
         """Forgets moments and step counts, as at the start of a training stage that asks for a fresh optimizer."""
 
     def rng_state(self) -> dict[str, Tensor]:
-        """Random states by name, uint8."""
+        """Random states by name, uint8. Training draws from none of them: dropout is keyed by what it drops."""
 
     def load_rng_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `rng_state` gave."""
@@ -97,4 +114,4 @@ class Engine(Protocol):
         """Parameters of the whole model, a tied head counted once."""
 
     def describe(self) -> dict[str, str]:
-        """What runs, chosen once: engine, precision, attention, optimizer, threads, versions."""
+        """What runs, chosen once: engine, layout, precision, attention, optimizer, threads, versions."""

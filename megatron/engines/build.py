@@ -1,20 +1,30 @@
-"""Which engine a config asks for. What cannot run yet is refused here, by key."""
+"""Which engine a config asks for. What cannot run here is refused, by key."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from megatron.config.errors import UnavailableError
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.tensor_shards import TensorSource
+from megatron.config.layout import resolve_layout
 from megatron.config.model_shape import ModelShape
+from megatron.config.partition import partition_layers, stage_count
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 from megatron.engines.base import Engine
 from megatron.engines.host_memory import keep_freed_memory
+from megatron.engines.master_weights import MasterWeights
+from megatron.engines.model_parts import InitialWeights, ModelParts, build_parts
 from megatron.engines.precision import COMPUTE_DTYPES
-from megatron.engines.torch_engine import TorchEngine
+from megatron.engines.sharded_weights import ShardedWeights
+from megatron.engines.torch_engine import TorchEngine, Weights
 from megatron.models.attention import AttentionBackend
 from megatron.models.decoder import Decoder
-from megatron.models.initialise import initialise
+from megatron.models.recompute import apply_recompute
+from megatron.optim.build import describe_optimizer
 from megatron.parallel.mesh import Mesh, one_process_mesh
+from megatron.parallel.pipeline import Pipeline, StageShape
 
 
 def build_engine(
@@ -25,29 +35,76 @@ def build_engine(
     seed: int,
     precision: str,
     mesh: Mesh | None = None,
+    weights: TensorSource | None = None,
 ) -> Engine:
-    """An engine with initial weights from `seed`.
+    """An engine with the given weights, or with initial ones from `seed`, the same at every layout.
 
     precision: a resolved name, from `choose_precision` or from the checkpoint that is resumed: fp64, fp32 or bf16.
-    mesh: this process's place; read from the environment where absent.
-    Raises UnavailableError for every [parallel] key that asks for what one process cannot do.
+    mesh: this process's place; one process where absent.
+    Raises ConfigError where [parallel] asks for other ranks than there are, UnavailableError for what cannot run here.
     """
-    _refuse_what_is_not_there(parallel_section)
+    mesh = mesh or one_process_mesh()
+    if mesh.layout != resolve_layout(parallel_section, mesh.world_size):
+        raise ValueError(f"the mesh is {mesh.layout}, [parallel] asks for another")
     if precision not in COMPUTE_DTYPES:
         raise ValueError(f"precision {precision!r} is not resolved: give choose_precision's name")
-    mesh = mesh or one_process_mesh()
     backend = attention_backend(mesh.device)
-    model = _initial_model(shape, seed, precision, mesh.device, backend)
-    description = {
-        "engine": "torch",
-        "device": _device_words(mesh.device),
-        "precision": {"bf16": "bf16, fp32 master weights"}.get(precision, precision),
-        "attention": {"sdpa": "torch's SDPA", "blockwise": "block-wise GEMMs"}[backend],
-        "optimizer": {"adamw": "AdamW, torch's fused kernel", "sgd": "SGD"}[optimizer_section.name],
-        "memory": keep_freed_memory() if mesh.device.type == "cpu" else "torch's caching allocator",
-        "torch": torch.__version__,
-    }
-    return TorchEngine(model, optimizer_section, COMPUTE_DTYPES[precision], description)
+    master = torch.float64 if precision == "fp64" else torch.float32
+    parts = build_parts(shape, parallel_section, mesh, backend, master, seed)
+    description = _describe(shape, parts, optimizer_section, parallel_section, precision, mesh, backend)
+    engine: Engine
+    if parallel_section.engine == "deepspeed":
+        from megatron.engines.deepspeed_engine import build_deepspeed_engine
+
+        engine = build_deepspeed_engine(
+            parts, mesh, optimizer_section, parallel_section, precision, description, train_section
+        )
+    else:
+        engine = _torch_engine(shape, parts, optimizer_section, parallel_section, precision, mesh, description)
+    engine.load_model_state(weights or InitialWeights(shape, seed))
+    return engine
+
+
+def _torch_engine(
+    shape: ModelShape,
+    parts: ModelParts,
+    optimizer: OptimizerSection,
+    parallel: ParallelSection,
+    precision: str,
+    mesh: Mesh,
+    description: Mapping[str, str],
+) -> TorchEngine:
+    dtype = COMPUTE_DTYPES[precision]
+    recompute = parallel.recompute, parallel.recompute_policy, parallel.recompute_layers
+    weights: Weights
+    if mesh.world_size == 1:
+        (model,) = parts.modules
+        weights = MasterWeights(model.to_empty(device=mesh.device), dtype)
+        apply_recompute(weights.modules[0], *recompute)  # bf16 runs in a copy of the masters' model
+    else:
+        for module in parts.modules:
+            apply_recompute(module, *recompute)  # FSDP2 wraps what is there
+        weights = ShardedWeights(parts.modules, mesh, parallel.data_shard, dtype)
+    pipeline = None
+    if parallel.pipeline > 1:
+        ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
+        travelling = StageShape(shape.hidden_size, dtype, ranks)
+        pipeline = Pipeline(
+            weights.modules,
+            parts.numbers,
+            parts.owners,
+            mesh.pipeline,
+            parallel.schedule,
+            travelling,
+            mesh.device,
+        )
+    return TorchEngine(weights, optimizer, mesh, whole_parameters(shape), description, pipeline)
+
+
+def whole_parameters(shape: ModelShape) -> dict[str, Tensor]:
+    """Every parameter of the whole model by name, without memory."""
+    with torch.device("meta"):
+        return {name: parameter.detach() for name, parameter in Decoder(shape).named_parameters()}
 
 
 def attention_backend(device: torch.device) -> AttentionBackend:
@@ -55,39 +112,37 @@ def attention_backend(device: torch.device) -> AttentionBackend:
     return "blockwise" if device.type == "cpu" else "sdpa"
 
 
-def _initial_model(
-    shape: ModelShape, seed: int, precision: str, device: torch.device, backend: AttentionBackend
-) -> Decoder:
-    with torch.device("meta"):
-        model = Decoder(shape, backend)
-    master = torch.float64 if precision == "fp64" else torch.float32
-    model = model.to(master).to_empty(device=device)
-    initialise(model, seed)
-    return model
+def _describe(
+    shape: ModelShape,
+    parts: ModelParts,
+    optimizer: OptimizerSection,
+    parallel: ParallelSection,
+    precision: str,
+    mesh: Mesh,
+    backend: AttentionBackend,
+) -> dict[str, str]:
+    words = {"engine": parallel.engine, "device": _device_words(mesh.device)}
+    if mesh.world_size > 1:
+        words["layout"] = f"{mesh.world_size} processes: {mesh.layout.words()}{' with sequence' * parallel.sequence}"
+    if parallel.pipeline > 1:
+        stages = partition_layers(shape, stage_count(parallel), shape.max_position_embeddings)
+        words["pipeline"] = f"{parallel.schedule}, layers by stage {[len(layers) for layers in stages]}"
+    if mesh.layout.data > 1:
+        words["data shard"] = parallel.data_shard
+    if parallel.context > 1:
+        words["context"] = parts.modules[0].context_words
+    if parallel.recompute != "none":
+        words["recompute"] = parallel.recompute
+    return words | {
+        "precision": {"bf16": "bf16, fp32 master weights"}.get(precision, precision),
+        "attention": {"sdpa": "torch's SDPA", "blockwise": "block-wise GEMMs"}[backend],
+        "optimizer": describe_optimizer(optimizer),
+        "memory": keep_freed_memory() if mesh.device.type == "cpu" else "torch's caching allocator",
+        "torch": torch.__version__,
+    }
 
 
 def _device_words(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _refuse_what_is_not_there(section: ParallelSection) -> None:
-    allowed: dict[str, object] = {
-        "engine": "torch",
-        "tensor": 1,
-        "sequence": False,
-        "pipeline": 1,
-        "context": 1,
-        "schedule": "1f1b",
-        "data_shard": "none",
-        "recompute": "none",
-    }
-    for key, value in allowed.items():
-        asked = getattr(section, key)
-        if asked != value:
-            words = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
-            raise UnavailableError(
-                f"parallel.{key} = {str(asked).lower()} is not available yet: this version trains on one process; "
-                f"set parallel.{key} = {words} or leave it out"
-            )

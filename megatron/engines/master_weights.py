@@ -1,4 +1,4 @@
-"""Master weights in float32 (or 64) and, for bfloat16, the copy that computes.
+"""Master weights of one process in float32 (or 64) and, for bfloat16, the copy that computes.
 
 The copy is cast once a step, not once a use; its gradients are added to the masters' in float32 after each microbatch.
 Norms are not copied: both models hold the same parameters, in the master's dtype.
@@ -6,30 +6,35 @@ Norms are not copied: both models hold the same parameters, in the master's dtyp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from megatron.engines.held import Held
 from megatron.models.decoder import Decoder
 from megatron.models.layers import Norm
 
 
 class MasterWeights:
-    """`parameters`: masters by name. `model`: what runs forward and backward."""
+    """`held`: the masters. `modules`: what runs forward and backward."""
 
     def __init__(self, master: Decoder, compute_dtype: torch.dtype) -> None:
-        self.parameters: dict[str, nn.Parameter] = dict(master.named_parameters())
-        self.model = master
+        self._parameters: dict[str, nn.Parameter] = dict(master.named_parameters())
         self._wide: list[nn.Parameter] = []
         self._narrow: list[nn.Parameter] = []
+        model = master
         if any(p.dtype != compute_dtype for p in master.parameters()):
-            self.model = self._copy(master, compute_dtype)
+            model = self._copy(master, compute_dtype)
+        self.modules: Sequence[nn.Module] = (model,)
+        self.held = [_hold(name, parameter) for name, parameter in self._parameters.items()]
 
     def _copy(self, master: Decoder, dtype: torch.dtype) -> Decoder:
         with torch.device("meta"):
-            copy = Decoder(master.shape, master.backend)
+            copy = Decoder(master.shape, master.backend, master.place, master.seed)
         for prefix, module in copy.named_modules():
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
-                wide = self.parameters[f"{prefix}.{name}"]
+                wide = self._parameters[f"{prefix}.{name}"]
                 if isinstance(module, Norm):
                     setattr(module, name, wide)
                     continue
@@ -39,11 +44,8 @@ class MasterWeights:
                 self._narrow.append(narrow)
         return copy
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Casts the masters into the copy, after they have changed."""
-        if self._narrow:
-            torch._foreach_copy_(self._narrow, [p.detach() for p in self._wide])
+    def before_backward(self, last: bool) -> None:
+        """Nothing to do."""
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -57,11 +59,23 @@ class MasterWeights:
                 wide.grad.add_(narrow.grad)
             narrow.grad = None
 
-    def gradients(self) -> dict[str, Tensor | None]:
-        """The masters' gradients by name."""
-        return {name: parameter.grad for name, parameter in self.parameters.items()}
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Casts the masters into the copy, after they have changed."""
+        if self._narrow:
+            torch._foreach_copy_(self._narrow, [p.detach() for p in self._wide])
 
     def drop_gradients(self) -> None:
         """Forgets all gradients."""
-        for parameter in (*self.parameters.values(), *self._narrow):
+        for parameter in (*self._parameters.values(), *self._narrow):
             parameter.grad = None
+
+
+def _hold(name: str, parameter: nn.Parameter) -> Held:
+    shape = tuple(parameter.shape)
+    local = parameter.detach()
+
+    def gradient() -> Tensor | None:
+        return parameter.grad
+
+    return Held(name, local, shape, (0,) * len(shape), True, False, False, gradient)

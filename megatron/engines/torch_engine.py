@@ -1,98 +1,181 @@
-"""The engine on plain torch, one process: microbatches one after the other, then one update."""
+"""The engine on plain torch: one process or many, by whatever holds the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
 from megatron.config.errors import CheckpointError
 from megatron.config.schema import OptimizerSection
 from megatron.engines.base import MicrobatchLike, StepResult
-from megatron.engines.master_weights import MasterWeights
-from megatron.kernels.cross_entropy import IGNORED
-from megatron.models.decoder import Decoder
-from megatron.optim.build import build_optimizer, flatten_state, load_state
+from megatron.engines.held import Held, check_names, fill, finish_gradients, squared_norm
+from megatron.engines.row_losses import RowLosses, gather_rows, valid_targets
+from megatron.optim.build import build_optimizer, check_state_names, flatten_state, load_state
+from megatron.parallel.axis import ALONE, Axis
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.pipeline import Pipeline, Rows
+
+
+class Weights(Protocol):
+    """What holds the masters: `MasterWeights` for one process, `ShardedWeights` for many."""
+
+    held: list[Held]
+    modules: Sequence[nn.Module]
+
+    def before_backward(self, last: bool) -> None:
+        """Before each microbatch's forward pass; whether it is the step's last."""
+
+    def collect(self) -> None:
+        """After each microbatch's backward pass."""
+
+    def refresh(self) -> None:
+        """After the masters have changed, or weights were only looked at."""
+
+    def drop_gradients(self) -> None:
+        """Forgets all gradients."""
 
 
 class TorchEngine:
-    """Implements `Engine`. The model that it is given holds the master weights and lives on one device."""
+    """Implements `Engine`."""
 
     def __init__(
-        self, model: Decoder, optimizer: OptimizerSection, compute_dtype: torch.dtype, description: Mapping[str, str]
+        self,
+        weights: Weights,
+        optimizer: OptimizerSection,
+        mesh: Mesh,
+        whole: Mapping[str, Tensor],
+        description: Mapping[str, str],
+        pipeline: Pipeline | None = None,
     ) -> None:
-        """compute_dtype: what forward and backward run in; masters keep the model's dtype."""
-        self._weights = MasterWeights(model, compute_dtype)
+        """whole: every parameter of the whole model by name, without memory."""
+        self._weights = weights
         self._section = optimizer
-        self._optimizer = build_optimizer(self._weights.parameters, optimizer)
-        self._device = model.embedding.weight.device
+        self._mesh = mesh
+        self._whole = dict(whole)
         self._description = dict(description)
+        self._pipeline = pipeline
+        # The two ends of a pipeline have a weight in common only where the head is tied and they are apart.
+        apart = pipeline is not None and not pipeline.holds_both_ends
+        self._ends: Axis = mesh.ends if apart and "head.weight" not in whole else ALONE
+        # Elementwise updates need no whole tensors; a shard without elements needs no update.
+        self._updated = {item.key: item.local for item in weights.held if item.local.numel()}
+        cut = {item.key for item in weights.held if tuple(item.local.shape) != item.shape}
+        self._optimizer = build_optimizer(self._updated, optimizer, cut)
         self._checked = False
 
     def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
-        """One update from the mean loss over the valid targets of all microbatches."""
-        valid = sum(int((m.targets != IGNORED).sum()) for m in microbatches)
+        """One update from the mean loss over the valid targets of the global batch."""
+        valid = self._valid(microbatches)
         if valid == 0:
-            sources = {int(s): (0.0, 0) for m in microbatches for s in m.source_ids}
-            return StepResult(0.0, sources, 0.0, 0, False, "no target of the batch is valid")
-        tally = _Tally()
-        for microbatch in microbatches:
-            tokens, targets, documents = self._place(microbatch)
-            total, losses = self._weights.model.training_loss(tokens, targets, documents, 1 / valid)
-            total.backward()
-            self._weights.collect()
-            tally.add(losses, targets, microbatch.source_ids)
-        self._assert_every_gradient()
-        by_source = tally.result()
+            table = self._gather(microbatches, None)
+            return StepResult(0.0, table.by_source(), 0.0, 0, False, "no target of the batch is valid")
+        losses = self._forward_backward(microbatches, 1 / valid)
+        finish_gradients(self._weights.held, self._mesh, self._ends)
+        gradients = self._gradients()
+        by_source = self._gather(microbatches, losses).by_source()
         loss = sum(total for total, _ in by_source.values()) / valid
-        grad_norm = self._clip()
+        grad_norm = float(squared_norm(gradients, self._weights.held, self._mesh).sqrt())
         reason = _not_finite(loss, grad_norm)
         if not reason:
-            self._update(lr)
+            self._clip(gradients, grad_norm)
+            self._update(gradients, lr)
         self._weights.drop_gradients()
         return StepResult(loss, by_source, grad_norm, valid, not reason, reason)
 
+    def _valid(self, microbatches: Sequence[MicrobatchLike]) -> int:
+        return valid_targets(self._mesh, [m.targets for m in microbatches])
+
+    def _forward_backward(self, microbatches: Sequence[MicrobatchLike], scale: float) -> Tensor | None:
+        """Leaves gradients in the weights; each row's sum of losses, where the head is held."""
+        placed = [self._place(microbatch) for microbatch in microbatches]
+        if self._pipeline is not None:
+            losses = self._pipeline.train(Rows.joined(placed), len(placed), scale)
+            self._weights.collect()
+            return losses
+        parts = []
+        for number, rows in enumerate(placed):
+            self._weights.before_backward(last=number == len(placed) - 1)
+            total, losses = self._run(rows, scale)
+            total.sum().backward()
+            self._weights.collect()
+            parts.append(losses)
+        return torch.cat(parts)
+
+    def _run(self, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
+        (module,) = self._weights.modules
+        return module(rows.tokens, rows.document_ids, rows.targets, scale, rows.sample_numbers)  # type: ignore[no-any-return]
+
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
-        """Source id -> (sum of losses, valid targets)."""
-        tally = _Tally()
-        for microbatch in microbatches:
-            tokens, targets, documents = self._place(microbatch)
-            tally.add(self._weights.model.loss(tokens, targets, documents), targets, microbatch.source_ids)
-        return tally.result()
+        """Source id -> (sum of losses, valid targets).
 
-    def model_state(self) -> dict[str, Tensor]:
-        """Master weights by name."""
-        return {name: parameter.detach() for name, parameter in self._weights.parameters.items()}
+        Sharded weights are gathered by all data ranks together: one that has no microbatch left runs the last again.
+        """
+        data, table = self._mesh.data, None
+        for module in self._weights.modules:
+            module.eval()
+        for first in range(0, len(microbatches), data.size):
+            number = min(first + data.rank, len(microbatches) - 1)
+            rows = self._place(microbatches[number])
+            losses = self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
+            turn = microbatches[first : first + data.size]
+            gathered = self._gather_turn(turn, losses).table
+            table = gathered if table is None else torch.cat((table, gathered), 1)
+        for module in self._weights.modules:
+            module.train()
+        self._weights.refresh()
+        return {} if table is None else RowLosses(table).by_source()
 
-    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+    def _gather_turn(self, turn: Sequence[MicrobatchLike], losses: Tensor | None) -> RowLosses:
+        """Rows of the microbatches that the data ranks have just run, one each."""
+        data, sizes = self._mesh.data, [m.targets.shape[0] for m in turn]
+        if data.rank >= len(turn):
+            return gather_rows(self._mesh, sum(sizes), 0, [turn[0].targets[:0]], [turn[0].source_ids[:0]], None)
+        mine = turn[data.rank]
+        return gather_rows(self._mesh, sum(sizes), sum(sizes[: data.rank]), [mine.targets], [mine.source_ids], losses)
+
+    def model_state(self) -> TensorShards:
+        """Master weights by name, the shards that this rank writes."""
+        return {item.name: [item.shard(item.local)] for item in self._weights.held if _to_write(item)}
+
+    def load_model_state(self, source: TensorSource) -> None:
         """Copies weights in; nothing is changed where anything does not fit."""
-        parameters = self._weights.parameters
-        if missing := sorted(parameters.keys() - state.keys()):
-            raise CheckpointError(f"weights lack {', '.join(missing)}: another model wrote them")
-        if unknown := sorted(state.keys() - parameters.keys()):
-            raise CheckpointError(f"weights have unknown {', '.join(unknown)}: another model wrote them")
-        for name, parameter in parameters.items():
-            given = state[name]
-            if given.shape != parameter.shape or torch.promote_types(given.dtype, parameter.dtype) != parameter.dtype:
-                raise CheckpointError(
-                    f"weight {name} is {given.dtype} {list(given.shape)}, "
-                    f"the model needs {parameter.dtype} {list(parameter.shape)}"
-                )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[name])
+        check_names(self._whole, source)
+        fill(self._weights.held, source)
         self._weights.refresh()
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> TensorShards:
         """Flat, by "<parameter>/<key>"."""
-        return flatten_state(self._optimizer, self._weights.parameters)
+        held = {item.key: item for item in self._weights.held}
+        state = {}
+        for place, tensor in flatten_state(self._optimizer, self._updated).items():
+            key, field = place.rsplit("/", 1)
+            item = held[key]
+            if _to_write(item) and (tensor.ndim or not item.shape or item.begins):
+                state[f"{item.name}/{field}"] = [item.shard(tensor)]
+        return state
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over copies of `state`."""
-        load_state(self._optimizer, self._weights.parameters, self._section, state)
+    def load_optimizer_state(self, source: TensorSource) -> None:
+        """Takes over copies; a source without names resets."""
+        names = list(source.names())
+        check_state_names(names, self._whole, self._section)
+        if not names:
+            self.reset_optimizer()
+            return
+        tensors = {}
+        fields: dict[str, list[str]] = {}
+        for place in names:
+            name, field = place.rsplit("/", 1)
+            fields.setdefault(name, []).append(field)
+        for item in self._weights.held:
+            for field in fields.get(item.name, []) if item.local.numel() else []:
+                tensors[f"{item.key}/{field}"] = _read(source, f"{item.name}/{field}", item)
+        load_state(self._optimizer, self._updated, self._section, tensors)
 
     def reset_optimizer(self) -> None:
         """Forgets moments and steps."""
@@ -101,8 +184,8 @@ class TorchEngine:
     def rng_state(self) -> dict[str, Tensor]:
         """torch's generators: "cpu", and "cuda" where the model is there."""
         state = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        if self._mesh.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._mesh.device)
         return state
 
     def load_rng_state(self, state: Mapping[str, Tensor]) -> None:
@@ -110,60 +193,62 @@ class TorchEngine:
         if "cpu" not in state:
             raise CheckpointError("random state lacks cpu")
         torch.set_rng_state(state["cpu"])
-        if self._device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self._device)
+        if self._mesh.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self._mesh.device)
 
     def parameter_count(self) -> int:
-        """Parameters of the model, a tied head counted once."""
-        return sum(p.numel() for p in self._weights.parameters.values())
+        """Parameters of the whole model, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self._whole.values())
 
     def describe(self) -> dict[str, str]:
         """What runs."""
         return dict(self._description)
 
-    def _place(self, microbatch: MicrobatchLike) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(t.to(self._device) for t in (microbatch.tokens, microbatch.targets, microbatch.document_ids))  # type: ignore[return-value]
+    def _place(self, m: MicrobatchLike) -> Rows:
+        tensors = (m.tokens, m.targets, m.document_ids, m.sample_numbers)
+        return Rows(*(tensor.to(self._mesh.device, non_blocking=True) for tensor in tensors))
 
-    def _assert_every_gradient(self) -> None:
-        """A parameter without a gradient after the first backward pass is a fault of the program, not of the user."""
-        if self._checked:
-            return
-        if missing := [name for name, gradient in self._weights.gradients().items() if gradient is None]:
+    def _gather(self, microbatches: Sequence[MicrobatchLike], losses: Tensor | None) -> RowLosses:
+        data, mine = self._mesh.data, sum(m.targets.shape[0] for m in microbatches)
+        targets, sources = [m.targets for m in microbatches], [m.source_ids for m in microbatches]
+        return gather_rows(self._mesh, mine * data.size, mine * data.rank, targets, sources, losses)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Local gradients by key. One that is missing is a fault of the program: a schedule has lost it."""
+        gradients = {item.key: item.gradient() for item in self._weights.held if item.local.numel()}
+        if not self._checked and (missing := [key for key, gradient in gradients.items() if gradient is None]):
             raise RuntimeError(f"no gradient reached {', '.join(missing)}")
         self._checked = True
+        return {key: gradient for key, gradient in gradients.items() if gradient is not None}
 
-    def _clip(self) -> float:
-        """The gradient's norm before clipping; clips where the norm is finite and above the bound."""
-        gradients = [g for g in self._weights.gradients().values() if g is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+    def _clip(self, gradients: Mapping[str, Tensor], norm: float) -> None:
         bound = self._section.clip_grad_norm
-        if bound > 0 and torch.isfinite(norm) and norm > bound:
-            torch._foreach_mul_(gradients, bound / norm)
-        return float(norm)
+        if 0 < bound < norm and gradients:
+            torch._foreach_mul_(list(gradients.values()), bound / norm)
 
-    def _update(self, lr: float) -> None:
+    def _update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
+        for key, local in self._updated.items():
+            local.grad = gradients[key]
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
+        for local in self._updated.values():
+            local.grad = None
         self._weights.refresh()
 
 
-class _Tally:
-    """Losses by source. Rows' sums stay on the device until the result is asked for."""
+def _to_write(item: Held) -> bool:
+    return item.owned and item.local.numel() > 0
 
-    def __init__(self) -> None:
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, losses: Tensor, targets: Tensor, source_ids: Tensor) -> None:
-        self._rows.append((losses.sum(1, dtype=torch.float64), (targets != IGNORED).sum(1), source_ids))
-
-    def result(self) -> dict[int, tuple[float, int]]:
-        sums: dict[int, tuple[float, int]] = {}
-        for losses, counts, sources in self._rows:
-            for source, loss, count in zip(sources.tolist(), losses.tolist(), counts.tolist(), strict=True):
-                before = sums.get(source, (0.0, 0))
-                sums[source] = (before[0] + loss, before[1] + count)
-        return dict(sorted(sums.items()))
+def _read(source: TensorSource, name: str, item: Held) -> Tensor:
+    if not source.shape(name):
+        return source.read(name, (), ())
+    if source.shape(name) != item.shape:
+        raise CheckpointError(
+            f"optimizer state {name} is {list(source.shape(name))}, the model needs {list(item.shape)}"
+        )
+    return source.read(name, item.offset, tuple(item.local.shape))
 
 
 def _not_finite(loss: float, grad_norm: float) -> str:

@@ -108,6 +108,6 @@ def config_json(shape: ModelShape, *, bos_token_id: int, eos_token_id: int, dtyp
         "use_parallel_residual": shape.parallel_block,
         "rotary_pct": factor,
         "rotary_emb_base": shape.rope_theta,
-        "hidden_dropout": 0.0,
+        "hidden_dropout": shape.hidden_dropout,  # its three sites are ours; Llama's config has none
         "classifier_dropout": 0.0,
     }

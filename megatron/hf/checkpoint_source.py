@@ -63,7 +63,7 @@ def open_source(path: Path) -> CheckpointSource:
     config = load_config(config_file)
     tokenizer = _tokenizer(ref, config)
     shape = _shape(ref, config, tokenizer)
-    return CheckpointSource(ref, config, tokenizer, shape, ref.model())
+    return CheckpointSource(ref, config, tokenizer, shape, ref.model().all())
 
 
 def _find(path: Path) -> CheckpointRef:

@@ -6,11 +6,16 @@ to equal the definition here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+AttentionBackend = Literal["sdpa", "blockwise"]
+"""Which kernel runs: torch's own, or `attention_blockwise.py`."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,19 @@ class Block:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Queries [q0, q1) of those at hand see keys within [k0, k1) of all, by mask [batch or 1, 1, q1 - q0, k1 - k0]
+    (True: visible). None: they are the same positions, each of which sees all before it.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    mask: Tensor | None
+
+
 def piece_starts(document_ids: Tensor) -> Tensor:
     """Where the piece of each position begins: document_ids [batch, T] of any int dtype -> int64 [batch, T]."""
     places = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
@@ -40,6 +58,14 @@ def visibility(first: Tensor, q0: int, q1: int, k0: int, k1: int) -> Tensor:
     queries = torch.arange(q0, q1, device=first.device)[None, :, None]
     keys = torch.arange(k0, k1, device=first.device)[None, None, :]
     return (keys <= queries) & (keys >= first[:, q0:q1, None])
+
+
+def runs_of(positions: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Stretches of consecutive positions [T_local], as (first index, index after the last, position of the first)."""
+    breaks = (positions.diff() != 1).nonzero().flatten() + 1
+    edges = [0, *breaks.tolist(), positions.shape[0]]
+    for q0, q1 in zip(edges[:-1], edges[1:], strict=True):
+        yield q0, q1, int(positions[q0])
 
 
 def plan_for_sdpa(first: Tensor) -> Tensor | None:
@@ -60,3 +86,34 @@ def attention_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
         queries, key.squeeze(3), value.squeeze(3), attn_mask=mask, is_causal=mask is None, enable_gqa=heads > 1
     )
     return out.transpose(1, 2).reshape(batch, length, groups * heads * size)
+
+
+def plan_pieces(first: Tensor, positions: Tensor | None = None) -> tuple[Piece, ...]:
+    """What SDPA is called on, for queries at positions [T_local] (None: at all) that see keys from first [batch, T] on.
+
+    One call for each run of consecutive positions, on no more keys than its queries may see.
+    """
+    if positions is None:
+        return (Piece(0, first.shape[1], 0, first.shape[1], plan_for_sdpa(first)),)
+    pieces = []
+    for q0, q1, begin in runs_of(positions):
+        end = begin + q1 - q0
+        k0, latest = int(first[:, begin].min()), int(first[:, end - 1].max())
+        if latest <= k0 == begin:
+            mask = None
+        else:
+            # Where no document begins after k0, one row's mask serves all.
+            mask = visibility(first if latest > k0 else torch.zeros_like(first[:1]), begin, end, k0, end)[:, None]
+        pieces.append(Piece(q0, q1, k0, end, mask))
+    return tuple(pieces)
+
+
+def attention_sdpa_pieces(query: Tensor, key: Tensor, value: Tensor, pieces: tuple[Piece, ...]) -> Tensor:
+    """`attention_sdpa` piece by piece: query [batch, groups, T_local, heads a group, d], key and value [batch, groups,
+    T, 1, d] -> [batch, T_local, groups * heads a group * d].
+    """
+    outputs = [
+        attention_sdpa(query[:, :, p.q0 : p.q1], key[:, :, p.k0 : p.k1], value[:, :, p.k0 : p.k1], p.mask)
+        for p in pieces
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.kernels.attention import Block, visibility
+from megatron.kernels.attention import Block, runs_of, visibility
 
 BLOCK = 128
 """Queries in a block: 62 % of the full square at T 512, with GEMMs still large."""
@@ -37,20 +37,29 @@ KEPT_BYTES = 64 << 20
 """Probabilities of a layer are kept for the backward pass up to this size and made again, bit for bit, above it."""
 
 
-def plan_blocks(first: Tensor, dtype: torch.dtype, block: int = BLOCK) -> tuple[Block, ...]:
-    """The blocks for a microbatch whose positions see keys from first [batch, T] on."""
-    length = first.shape[1]
+def plan_blocks(
+    first: Tensor, dtype: torch.dtype, block: int = BLOCK, positions: Tensor | None = None
+) -> tuple[Block, ...]:
+    """The blocks for a microbatch whose positions see keys from first [batch, T] on.
+
+    positions: those of the queries at hand, int64 [T_local], where they are not all. A block's queries are numbered
+    as they lie, its keys by their positions.
+    """
+    runs = ((0, first.shape[1], 0),) if positions is None else runs_of(positions)
     blocks = []
     triangles: dict[int, Tensor] = {}
-    for q0 in range(0, length, block):
-        q1 = min(q0 + block, length)
-        k0, latest = int(first[:, q0].min()), int(first[:, q1 - 1].max())
-        if latest <= k0:
-            if q1 - q0 not in triangles:
-                triangles[q1 - q0] = _additive(visibility(torch.zeros_like(first[:1]), q0, q1, q0, q1), dtype)
-            blocks.append(Block(q0, q1, k0, q1, q0, triangles[q1 - q0]))
-        else:
-            blocks.append(Block(q0, q1, k0, q1, k0, _additive(visibility(first, q0, q1, k0, q1), dtype)))
+    for run_start, run_end, begin in runs:
+        for q0 in range(run_start, run_end, block):
+            q1 = min(q0 + block, run_end)
+            p0 = begin + q0 - run_start
+            p1 = p0 + q1 - q0
+            k0, latest = int(first[:, p0].min()), int(first[:, p1 - 1].max())
+            if latest <= k0:
+                if q1 - q0 not in triangles:
+                    triangles[q1 - q0] = _additive(visibility(torch.zeros_like(first[:1]), p0, p1, p0, p1), dtype)
+                blocks.append(Block(q0, q1, k0, p1, p0, triangles[q1 - q0]))
+            else:
+                blocks.append(Block(q0, q1, k0, p1, k0, _additive(visibility(first, p0, p1, k0, p1), dtype)))
     return tuple(blocks)
 
 
@@ -73,8 +82,8 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...]) -> Tensor:
         batch, groups, length, heads, size = query.shape
         scaled = (query * size**-0.5).reshape(batch * groups, length * heads, size)
-        keys = key.reshape(batch * groups, length, size)
-        values = value.reshape(batch * groups, length, size)
+        keys = key.reshape(batch * groups, key.shape[2], size)
+        values = value.reshape(batch * groups, key.shape[2], size)
         out = torch.empty_like(scaled)
         kept: list[Tensor] = []
         elements = sum((b.q1 - b.q0) * (b.k1 - b.k0) for b in blocks) * batch * groups * heads
@@ -99,7 +108,7 @@ class _Blockwise(torch.autograd.Function):
         upstream = upstream.reshape(batch * groups, length * heads, size)
         query_grad = torch.empty_like(scaled)
         # Transposed, because a GEMM with the probabilities on the right is the quicker one here.
-        key_grad = torch.zeros(batch * groups, size, length, dtype=wide, device=grad.device)
+        key_grad = torch.zeros(batch * groups, size, keys.shape[1], dtype=wide, device=grad.device)
         value_grad = torch.zeros_like(key_grad)
         for number, block in enumerate(ctx.blocks):
             rows, columns = slice(block.q0 * heads, block.q1 * heads), slice(block.k0, block.k1)
@@ -111,12 +120,13 @@ class _Blockwise(torch.autograd.Function):
             query_grad[:, rows] = torch.bmm(slopes, keys[:, columns])
             key_grad[:, :, columns] += torch.bmm(scaled[:, rows].transpose(1, 2).contiguous(), slopes)
         query_grad = query_grad.mul_(size**-0.5).view(ctx.shape)
-        narrow = (batch, groups, length, 1, size)
+        narrow = (batch, groups, keys.shape[1], 1, size)
         return query_grad, *(g.transpose(1, 2).to(grad.dtype).reshape(narrow) for g in (key_grad, value_grad)), None
 
 
 def attention_blockwise(query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...]) -> Tensor:
     """As `attention_sdpa`: query [batch, groups, T, heads a group, d], key and value [batch, groups, T, 1, d] ->
-    [batch, T, groups * heads a group * d]. Deterministic for a given number of threads.
+    [batch, T, groups * heads a group * d]; queries may be fewer than keys, as the plan's `positions` say.
+    Deterministic for a given number of threads.
     """
     return _Blockwise.apply(query, key, value, blocks)

@@ -1,20 +1,24 @@
-"""Grouped-query self-attention with rotary positions, masked by documents."""
+"""Grouped-query self-attention with rotary positions, masked by documents, of this rank's heads and positions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config.model_shape import ModelShape
-from megatron.kernels.attention import Block, attention_sdpa, piece_starts, plan_for_sdpa
-from megatron.kernels.attention_blockwise import attention_blockwise, plan_blocks
+from megatron.kernels.attention import AttentionBackend, piece_starts
 from megatron.kernels.rope import RopeTable, rope, rope_table
-from megatron.models.layers import Linear
-
-AttentionBackend = Literal["sdpa", "blockwise"]
+from megatron.models.layers import Linear, RowLinear, column_linear, project
+from megatron.parallel.context_attention import (
+    ContextMethod,
+    ContextPlan,
+    choose_method,
+    context_attention,
+    plan_context,
+)
+from megatron.parallel.model_place import ONE_PROCESS, ModelPlace, ParameterCut
 
 
 @dataclass(frozen=True)
@@ -22,33 +26,54 @@ class AttentionPlan:
     """What all layers share of a microbatch: angles, and the mask in its backend's form."""
 
     table: RopeTable
-    mask: Tensor | None
-    blocks: tuple[Block, ...]
+    mask: ContextPlan
+
+
+def context_method(shape: ModelShape, place: ModelPlace) -> tuple[ContextMethod, str]:
+    """How context ranks attend to each other's positions, and why, in words. Raises ConfigError."""
+    return choose_method(place.context_method, _key_value_heads(shape, place), place.context)
+
+
+def _key_value_heads(shape: ModelShape, place: ModelPlace) -> int:
+    """Those that a tensor rank computes: where there are fewer than ranks, several ranks compute the same one."""
+    return max(1, shape.num_key_value_heads // place.tensor.size)
 
 
 def plan_attention(
-    shape: ModelShape, document_ids: Tensor, dtype: torch.dtype, backend: AttentionBackend
+    shape: ModelShape,
+    document_ids: Tensor,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    place: ModelPlace = ONE_PROCESS,
+    positions: Tensor | None = None,
 ) -> AttentionPlan:
-    """The plan for document_ids [batch, T]. Without model.document_mask a row is one document, whatever they say."""
+    """The plan for document_ids [batch, T] of whole rows. Without model.document_mask a row is one document.
+
+    positions: those that this rank holds, [T_local]; None for all.
+    """
     first = piece_starts(document_ids if shape.document_mask else torch.zeros_like(document_ids))
-    positions = torch.arange(first.shape[1], device=first.device) - first
-    table = rope_table(positions, shape.rotary_dim, shape.rope_theta, dtype)
-    if backend == "sdpa":
-        return AttentionPlan(table, plan_for_sdpa(first), ())
-    return AttentionPlan(table, None, plan_blocks(first, dtype))
+    angles = torch.arange(first.shape[1], device=first.device) - first
+    if positions is not None:
+        angles = angles[:, positions]
+    table = rope_table(angles, shape.rotary_dim, shape.rope_theta, dtype)
+    method, _ = context_method(shape, place)
+    return AttentionPlan(table, plan_context(first, dtype, place.context, method, backend))
 
 
 class Attention(nn.Module):
     """query, key, value and output projections around one of the attention kernels."""
 
-    def __init__(self, shape: ModelShape, backend: AttentionBackend) -> None:
+    core = staticmethod(context_attention)
+    """What lies between the projections; `recompute` may wrap an instance's."""
+
+    def __init__(self, shape: ModelShape, backend: AttentionBackend, place: ModelPlace = ONE_PROCESS) -> None:
         super().__init__()
         hidden, size, bias = shape.hidden_size, shape.head_dim, shape.attention_bias
-        self.query = Linear(hidden, shape.num_attention_heads * size, bias)
-        self.key = Linear(hidden, shape.num_key_value_heads * size, bias)
-        self.value = Linear(hidden, shape.num_key_value_heads * size, bias)
-        self.output = Linear(shape.num_attention_heads * size, hidden, bias, residual=True)
-        self.groups, self.head_dim, self.backend = shape.num_key_value_heads, size, backend
+        self.query = column_linear(hidden, shape.num_attention_heads * size, bias, place)
+        self.key, self.value = (_key_or_value(shape, place) for _ in range(2))
+        self.output = RowLinear(shape.num_attention_heads * size, hidden, bias, place)
+        self.groups, self.head_dim, self.backend, self.place = _key_value_heads(shape, place), size, backend, place
+        self.method, _ = context_method(shape, place)
 
     def _split(self, x: Tensor) -> Tensor:
         """[batch, T, heads * d] -> a view [batch, groups, T, heads a group, d]; group g is heads g*n to g*n + n."""
@@ -56,9 +81,19 @@ class Attention(nn.Module):
         return x.view(batch, length, self.groups, width // (self.groups * self.head_dim), self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
-        query = rope(self._split(self.query(x)), plan.table)
-        key = rope(self._split(self.key(x)), plan.table)
-        value = self._split(self.value(x))
-        if self.backend == "sdpa":
-            return self.output(attention_sdpa(query, key, value, plan.mask))
-        return self.output(attention_blockwise(query, key, value, plan.blocks))
+        query, key, value = (self._split(y) for y in project(x, (self.query, self.key, self.value), self.place))
+        query, key = rope(query, plan.table), rope(key, plan.table)
+        attended = self.core(query, key, value, plan.mask, self.place.context, self.method, self.backend)
+        return self.output(attended)
+
+
+def _key_or_value(shape: ModelShape, place: ModelPlace) -> Linear:
+    """Cut by heads; with fewer heads than ranks, whole on every rank, which uses the one head of its queries."""
+    heads, axis = shape.num_key_value_heads, place.tensor
+    if heads >= axis.size:
+        return column_linear(shape.hidden_size, heads * shape.head_dim, shape.attention_bias, place)
+    whole = ParameterCut(None, partial=True)
+    linear = Linear(shape.hidden_size, heads * shape.head_dim, shape.attention_bias, cut=whole)
+    head = axis.rank * heads // axis.size
+    linear.used = slice(head * shape.head_dim, (head + 1) * shape.head_dim)
+    return linear

@@ -1,95 +1,177 @@
-"""A decoder language model by its shape: Llama's family and GPT-NeoX's, and what lies between.
+"""A decoder language model by its shape: Llama's family and GPT-NeoX's, and what lies between; or a rank's part of it.
 
 Parameter names are global, the same in every layout: embedding.weight, layers.N.attention_norm.weight,
 layers.N.attention.{query,key,value,output}.weight, layers.N.mlp_norm.weight, layers.N.mlp.{gate,up,down}.weight,
-final_norm.weight, head.weight (absent where tied); the same with .bias where the shape has biases.
+final_norm.weight, head.weight (absent where tied); the same with .bias where the shape has biases. A tied head on
+another rank than the embedding is a second embedding.weight. Parameters have their local sizes (`parameter_cuts`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from megatron.config.layout_sizes import tensor_refusals
 from megatron.config.model_shape import ModelShape
-from megatron.kernels.cross_entropy import CHUNK_ROWS, cross_entropy, linear_cross_entropy
-from megatron.models.attention import Attention, AttentionBackend, AttentionPlan, plan_attention
-from megatron.models.layers import Embedding, Linear, Norm
+from megatron.kernels.attention import AttentionBackend
+from megatron.kernels.cross_entropy import cross_entropy_in_place, linear_cross_entropy, linear_losses
+from megatron.kernels.dropout import ATTENTION, EMBEDDING
+from megatron.kernels.dropout import MLP as MLP_OUTPUT
+from megatron.models.attention import Attention, AttentionPlan, context_method, plan_attention
+from megatron.models.layers import Embedding, Linear, Norm, column_linear
 from megatron.models.mlp import MLP
+from megatron.models.residual_dropout import ResidualDropout
+from megatron.parallel.context_attention import local_positions
+from megatron.parallel.model_place import ONE_PROCESS, ModelPlace
+from megatron.parallel.tensor_mappings import enter, gather_from_sequence
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP on the residual stream [batch, T, hidden], one after the other or side by side."""
+    """Attention and MLP on the residual stream [batch, T_local, hidden], one after the other or side by side."""
 
-    def __init__(self, shape: ModelShape, backend: AttentionBackend) -> None:
+    def __init__(self, shape: ModelShape, backend: AttentionBackend, place: ModelPlace, number: int) -> None:
+        """number: the layer's, of the whole model."""
         super().__init__()
-        self.attention_norm = Norm(shape)
-        self.attention = Attention(shape, backend)
-        self.mlp_norm = Norm(shape)
-        self.mlp = MLP(shape)
-        self.parallel = shape.parallel_block
+        self.attention_norm = Norm(shape, place)
+        self.attention = Attention(shape, backend, place)
+        self.mlp_norm = Norm(shape, place)
+        self.mlp = MLP(shape, place)
+        self.parallel, self.number = shape.parallel_block, number
 
-    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x: Tensor, plan: AttentionPlan, dropout: ResidualDropout | None = None) -> Tensor:
         attended = self.attention(self.attention_norm(x), plan)
+        if dropout is not None:
+            attended = dropout.drop(attended, self.number, ATTENTION)
         if self.parallel:
-            return x + attended + self.mlp(self.mlp_norm(x))
+            return x + attended + self._mlp(x, dropout)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self._mlp(x, dropout)
+
+    def _mlp(self, x: Tensor, dropout: ResidualDropout | None) -> Tensor:
+        y = self.mlp(self.mlp_norm(x))
+        return y if dropout is None else dropout.drop(y, self.number, MLP_OUTPUT)
 
 
 class Decoder(nn.Module):
-    """The whole model. Parameters are unset until `initialise` or a state fills them."""
+    """The model, or the part of it that a place says. Parameters are unset until `initialise` or a state fills them."""
 
-    def __init__(self, shape: ModelShape, backend: AttentionBackend = "blockwise") -> None:
-        """backend: "blockwise" is the quick one on CPU, "sdpa" the definition and the one for GPUs."""
+    def __init__(
+        self,
+        shape: ModelShape,
+        backend: AttentionBackend = "blockwise",
+        place: ModelPlace = ONE_PROCESS,
+        seed: int = 0,
+    ) -> None:
+        """backend: "blockwise" is the quick one on CPU, "sdpa" the definition and the one for GPUs. seed: of dropout.
+
+        Raises ConfigError where the shape does not divide over the tensor or context ranks.
+        """
         super().__init__()
-        self.shape, self.backend = shape, backend
-        self.embedding = Embedding(shape)
-        self.layers = nn.ModuleDict({str(n): DecoderLayer(shape, backend) for n in range(shape.num_hidden_layers)})
-        self.final_norm = Norm(shape)
+        for refusal in tensor_refusals(place.tensor.size, shape):
+            raise refusal
+        self.shape, self.backend, self.place, self.seed = shape, backend, place, seed
+        self.context_method, self.context_words = context_method(shape, place)
+        numbers = range(shape.num_hidden_layers) if place.layers is None else place.layers
         tied = shape.tie_word_embeddings
-        self.head = None if tied else Linear(shape.hidden_size, shape.padded_vocab_size, bias=False)
+        self.embedding = Embedding(shape, place) if place.first or (place.last and tied) else None
+        self.layers = nn.ModuleDict({str(n): DecoderLayer(shape, backend, place, n) for n in numbers})
+        self.final_norm = Norm(shape, place) if place.last else None
+        self.head: Linear | None = None
+        if place.last and not tied:
+            self.head = column_linear(shape.hidden_size, shape.padded_vocab_size, False, place)
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection [padded vocabulary, hidden]: the embedding itself where tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        """The output projection [padded vocabulary, hidden], cut by words: the embedding's where tied."""
+        holder = self.embedding if self.head is None else self.head
+        assert holder is not None, "the head is on another pipeline rank"
+        return holder.weight
 
-    def forward(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
-        """tokens int64 [batch, T], document_ids int [batch, T] -> hidden states after the last norm, [batch, T, h]."""
-        x = self.embedding(tokens)
-        plan = plan_attention(self.shape, document_ids, x.dtype, self.backend)
+    def forward(
+        self,
+        x: Tensor,
+        document_ids: Tensor,
+        targets: Tensor | None = None,
+        scale: float = 1.0,
+        sample_numbers: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """This rank's part of the model on its part of the sequence.
+
+        x: tokens int64 [batch, T] where the embedding is here, else hidden states [batch, T_local, hidden], where
+        T_local is T / context / (tensor under sequence). document_ids int [batch, T], targets int64 [batch, T] (-100:
+        none): whole, the model takes its positions. sample_numbers int64 [batch]: key dropout. scale: 1 / valid
+        targets of the global batch.
+
+        Returns hidden states [batch, T_local, hidden] where the head is elsewhere; with targets (scale x the sum of
+        losses over this rank's positions, [1], differentiable; each row's sum of losses, float64 [batch], detached),
+        the same on all tensor ranks; without them hidden states after the last norm, of all tensor ranks' positions.
+        """
+        positions = self._positions(document_ids)
+        hidden = self._hidden(x, document_ids, positions, self._dropout(document_ids, positions, sample_numbers))
+        if not self.place.last:
+            return hidden
+        if targets is None:
+            return gather_from_sequence(hidden, self.place.tensor) if self.place.sequence else hidden
+        return self._total_and_rows(hidden, targets if positions is None else targets[:, positions], scale)
+
+    def _hidden(
+        self, x: Tensor, document_ids: Tensor, positions: Tensor | None, dropout: ResidualDropout | None
+    ) -> Tensor:
+        if self.embedding is not None and self.place.first:
+            x = self.embedding(x if positions is None else x[:, positions])
+            x = x if dropout is None else dropout.drop(x, 0, EMBEDDING)
+        plan = plan_attention(self.shape, document_ids, x.dtype, self.backend, self.place, positions)
         for layer in self.layers.values():
-            x = layer(x, plan)
-        return self.final_norm(x)
+            x = layer(x, plan, dropout)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def _dropout(
+        self, document_ids: Tensor, positions: Tensor | None, sample_numbers: Tensor | None
+    ) -> ResidualDropout | None:
+        if not self.training or self.shape.hidden_dropout == 0:
+            return None
+        if sample_numbers is None:
+            raise ValueError("a model with dropout in training is told its sample_numbers, or put into eval()")
+        if positions is None:
+            positions = torch.arange(document_ids.shape[1], device=document_ids.device)
+        if self.place.sequence:
+            positions = positions.chunk(self.place.tensor.size)[self.place.tensor.rank]
+        return ResidualDropout(self.shape.hidden_dropout, self.seed, sample_numbers, positions)
+
+    def _positions(self, document_ids: Tensor) -> Tensor | None:
+        """Positions that this context rank holds; None for all."""
+        if self.place.context.alone:
+            return None
+        return local_positions(document_ids.shape[1], self.place.context, self.context_method).to(document_ids.device)
+
+    def _total_and_rows(self, hidden: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        axis, words = self.place.tensor, self.shape.vocab_size
+        hidden, flat = enter(hidden, axis, self.place.sequence).flatten(0, 1), targets.reshape(-1)
+        ranks = (axis.rank, axis.size, axis.group)
+        if not torch.is_grad_enabled():
+            losses = linear_losses(hidden, self.head_weight, flat, words, *ranks)
+            total = losses.sum() * scale
+        elif self.place.split_backward:
+            logits = functional.linear(hidden, self.head_weight)
+            total, losses = cross_entropy_in_place(logits, flat, words, scale, *ranks)
+        else:
+            total, losses = linear_cross_entropy(hidden, self.head_weight, flat, words, scale, *ranks)
+        # Not a view: a schedule that runs input gradients first detaches what a stage returns in place.
+        return torch.stack((total,)), losses.view(targets.shape).sum(1, dtype=torch.float64)
 
     def logits(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
-        """Scores of the next token, [batch, T, vocab_size], in the weights' dtype; padding words are left out."""
-        return self._scores(self(tokens, document_ids))
+        """Scores of the next token, [batch, T, vocab_size], in the weights' dtype; padding words are left out.
+
+        For a whole model in one process; without dropout.
+        """
+        return (self._hidden(tokens, document_ids, None, None) @ self.head_weight.t())[..., : self.shape.vocab_size]
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor) -> Tensor:
         """Loss of each position in nats, float32 [batch, T] (float64 for float64); 0 where the target is -100.
 
-        Rows go through the head in chunks; differentiable by plain autograd, which then holds every chunk's logits.
+        For a whole model in one process; without dropout. Differentiable by plain autograd, which holds all logits.
         """
-        hidden, flat = self(tokens, document_ids).flatten(0, 1), targets.reshape(-1)
-        parts = [
-            cross_entropy(self._scores(hidden[start : start + CHUNK_ROWS]), flat[start : start + CHUNK_ROWS])
-            for start in range(0, flat.shape[0], CHUNK_ROWS)
-        ]
-        return torch.cat(parts).view(targets.shape)
-
-    def training_loss(
-        self, tokens: Tensor, targets: Tensor, document_ids: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """(scale x the sum of losses, to call backward on; each position's loss, detached, [batch, T]).
-
-        scale: 1 / valid targets of the global batch. Never holds more than one chunk's logits.
-        """
-        hidden = self(tokens, document_ids).flatten(0, 1)
-        total, losses = linear_cross_entropy(
-            hidden, self.head_weight, targets.reshape(-1), self.shape.vocab_size, scale
-        )
-        return total, losses.view(targets.shape)
-
-    def _scores(self, hidden: Tensor) -> Tensor:
-        return (hidden @ self.head_weight.t())[..., : self.shape.vocab_size]
+        hidden = self._hidden(tokens, document_ids, None, None).flatten(0, 1)
+        losses = linear_losses(hidden, self.head_weight, targets.reshape(-1), self.shape.vocab_size)
+        return losses.view(targets.shape)

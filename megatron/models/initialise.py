@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from megatron.models.decoder import Decoder
 from megatron.models.layers import Linear, Norm
+from megatron.models.parameter_cuts import parameter_cuts
 from megatron.parallel.random import keyed_generator
 
 
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
-    """Fills every parameter: matrices from normal(0, initializer_range), those that write to the residual stream
-    divided by sqrt(2 x layers) (Megatron-LM and GPT-2's scaling), norms 1, biases 0.
+    """Fills every parameter held here with its part of the whole, one after the other, cast to its dtype."""
+    cuts = parameter_cuts(model)
+    for name, parameter in model.named_parameters():
+        whole = initial_value(model, name, seed)
+        offset = cuts[name].offset_of(parameter.shape, model.place.tensor)
+        box = tuple(slice(start, start + size) for start, size in zip(offset, parameter.shape, strict=True))
+        parameter.copy_(whole[box])
 
-    Values are drawn in float32 by a generator keyed (seed, parameter name) and cast to the parameter's dtype.
+
+def initial_value(model: Decoder, name: str, seed: int) -> Tensor:
+    """A parameter at step 0, whole, float32 on the CPU: matrices from normal(0, initializer_range), those that write
+    to the residual stream divided by sqrt(2 x layers) (Megatron-LM and GPT-2's scaling), norms 1, biases 0.
+
+    Drawn by a generator keyed (seed, name). The model, which may be on the meta device, says only what the name means.
     """
+    prefix, kind = name.rsplit(".", 1)
+    module = model.get_submodule(prefix)
+    shape = parameter_cuts(module)[kind].shape_of_whole(module.get_parameter(kind).shape, model.place.tensor)
+    if kind == "bias":
+        return torch.zeros(shape, device="cpu")
+    if isinstance(module, Norm):
+        return torch.ones(shape, device="cpu")
     deviation = model.shape.initializer_range
-    residual = deviation / (2 * model.shape.num_hidden_layers) ** 0.5
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{prefix}.{name}"
-            if name == "bias":
-                parameter.zero_()
-            elif isinstance(module, Norm):
-                parameter.fill_(1.0)
-            else:
-                scale = residual if isinstance(module, Linear) and module.residual else deviation
-                parameter.copy_(_normal(parameter, scale, seed, full_name))
-
-
-def _normal(parameter: nn.Parameter, deviation: float, seed: int, name: str) -> torch.Tensor:
+    if isinstance(module, Linear) and module.residual:
+        deviation /= (2 * model.shape.num_hidden_layers) ** 0.5
     generator = keyed_generator(seed, "initial weights", name)
-    return torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator)
+    return torch.empty(shape, device="cpu").normal_(0.0, deviation, generator=generator)

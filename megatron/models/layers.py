@@ -1,10 +1,13 @@
-"""The parts that hold parameters: linear, norm and embedding. Tensor-parallel kinds will stand beside these.
+"""The parts that hold parameters: linear, norm and embedding, each with its part of them on the tensor axis.
 
 Constructors leave parameters unset; `initialise` or a checkpoint fills them. Each part computes in the dtype of the
-tensors that it is given.
+tensors that it is given, and says in `cuts` how each of its parameters lies on the tensor ranks. Matrices are cut
+Megatron-LM's way (arXiv 1909.08053): those that read the residual stream by outputs, those that write to it by inputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +16,81 @@ from torch.nn import functional
 from megatron.config.model_shape import ModelShape
 from megatron.kernels.embedding import embedding
 from megatron.kernels.rms_norm import rms_norm
+from megatron.parallel.model_place import ONE_PROCESS, ModelPlace, ParameterCut
+from megatron.parallel.tensor_mappings import enter, gathered_linears, leave
+
+
+def replicated(place: ModelPlace) -> ParameterCut:
+    """The cut of a parameter that every tensor rank holds whole and applies to its part of the residual stream."""
+    return ParameterCut(None, partial=place.sequence and not place.tensor.alone)
 
 
 class Linear(nn.Module):
-    """y = x W^T + b with weight [outputs, inputs]."""
+    """y = x W^T + b with weight [outputs, inputs], whole on every rank or cut by outputs."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, residual: bool = False) -> None:
-        """residual: the output is added to the residual stream, so that its initial weights are scaled by depth."""
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, residual: bool = False, cut: ParameterCut | None = None
+    ) -> None:
+        """outputs: those held here. residual: y is added to the residual stream, so that initial weights are scaled by
+        depth. cut: of weight and bias alike."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.residual = residual
+        self.cuts = dict.fromkeys(("weight", "bias"), cut or ParameterCut())
+        self.used: slice | None = None
+        """The outputs that this rank computes, where it holds more; None for all."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return functional.linear(x, *self.operands())
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the outputs that this rank computes."""
+        if self.used is None:
+            return self.weight, self.bias
+        return self.weight[self.used], None if self.bias is None else self.bias[self.used]
+
+
+class RowLinear(Linear):
+    """A linear map cut by inputs, from parts of x to the residual stream; the bias is added once, after the sum."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, place: ModelPlace) -> None:
+        """inputs: all of them."""
+        super().__init__(inputs // place.tensor.size, outputs, bias, residual=True)
+        self.cuts = {"weight": ParameterCut(1), "bias": replicated(place)}
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.place.tensor.alone:
+            return functional.linear(x, self.weight, self.bias)
+        y = leave(functional.linear(x, self.weight), self.place.tensor, self.place.sequence)
+        return y if self.bias is None else y + self.bias
+
+
+def column_linear(inputs: int, outputs: int, bias: bool, place: ModelPlace) -> Linear:
+    """A linear map cut by outputs, of which there are `outputs` in all; to be applied by `project`."""
+    return Linear(inputs, outputs // place.tensor.size, bias, cut=ParameterCut(0))
+
+
+def project(x: Tensor, linears: Sequence[Linear], place: ModelPlace) -> tuple[Tensor, ...]:
+    """What linear maps cut by outputs make of the residual stream x [batch, T_local, hidden]; x enters once for all."""
+    operands = [linear.operands() for linear in linears]
+    if place.split_backward:
+        x = enter(x, place.tensor, place.sequence)
+        return tuple(functional.linear(x, weight, bias) for weight, bias in operands)
+    weights, biases = zip(*operands, strict=True)
+    return gathered_linears(x, weights, biases, place.tensor, place.sequence)
 
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, by the shape's `norm`. Parameters stay in the master's dtype."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, place: ModelPlace = ONE_PROCESS) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.hidden_size))
         self.bias = nn.Parameter(torch.empty(shape.hidden_size)) if shape.norm == "layernorm" else None
         self.eps = shape.norm_eps
+        self.cuts = dict.fromkeys(("weight", "bias"), replicated(place))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -46,11 +100,15 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of weight [padded vocabulary, hidden]."""
+    """Rows of weight [padded vocabulary, hidden], cut by words."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, place: ModelPlace = ONE_PROCESS) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape.padded_vocab_size, shape.hidden_size))
+        words = shape.padded_vocab_size // place.tensor.size
+        self.weight = nn.Parameter(torch.empty(words, shape.hidden_size))
+        self.cuts = {"weight": ParameterCut(0)}
+        self.place, self.first = place, None if place.tensor.alone else place.tensor.rank * words
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return embedding(tokens, self.weight)
+        """tokens int64 [batch, T] -> [batch, T_local, hidden]."""
+        return leave(embedding(tokens, self.weight, self.first), self.place.tensor, self.place.sequence)

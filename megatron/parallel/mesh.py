@@ -43,7 +43,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
     for launcher, names in LAUNCHERS:
         if names[0] not in found or (launcher == "srun" and not _in_a_job_step(found)):
             continue
-        rank, world, local_rank = (_number(found, name, default) for name, default in zip(names[:3], (0, 1, 0)))
+        rank, world, local_rank = _number(found, names[0], 0), _number(found, names[1], 1), _number(found, names[2], 0)
         local = found.get(names[3], "")
         local_world = int(local) if local.isdecimal() else _tasks_on_this_node(found, world)
         if rank >= world:
@@ -72,8 +72,9 @@ def _number(found: Mapping[str, str], name: str, default: int) -> int:
 class Mesh:
     """One rank's place on every axis, made once. device is where its model lives.
 
-    everyone: all ranks. shards: the mesh that parameters are cut over, [replicas, shards], context ranks among them;
-    None for one process. host: all ranks on gloo, for small sums of host numbers. store: for words between ranks.
+    everyone: all ranks. ends: the first and the last rank of this pipeline; alone on the ranks between. shards: the
+    mesh that parameters are cut over, [replicas, shards], context ranks among them; None for one process. host: all
+    ranks on gloo, for small sums of host numbers. store: for words between ranks.
     """
 
     layout: Layout
@@ -85,6 +86,7 @@ class Mesh:
     data: Axis = ALONE
     context: Axis = ALONE
     tensor: Axis = ALONE
+    ends: Axis = ALONE
     shards: DeviceMesh | None = None
     host: dist.ProcessGroup | None = None
     store: dist.Store | None = None
@@ -129,15 +131,15 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def open_mesh(layout: Layout, who: Launched, start_seconds: int = 600) -> Mesh:
+def open_mesh(layout: Layout, who: Launched, limit_seconds: int = 600) -> Mesh:
     """Joins the other processes and finds this one's place. One process needs no others and opens no port.
 
-    start_seconds: the bound of joining, and of any collective afterwards.
+    limit_seconds: the bound of joining, and of any collective afterwards.
     """
     device = local_device(who.local_rank)
     if layout.world_size == 1:
         return one_process_mesh(device)
-    limit = timedelta(seconds=start_seconds)
+    limit = timedelta(seconds=limit_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=device, **_rendezvous(who))
@@ -154,6 +156,11 @@ def _rendezvous(who: Launched) -> dict[str, object]:
             "export them in the batch script (the first node's name and a free port), or start with torchrun"
         )
     return {"init_method": "env://", "rank": who.rank, "world_size": who.world_size}
+
+
+def state_local_rank() -> None:
+    """DeepSpeed takes its process's number on the node from LOCAL_RANK, which neither srun nor a plain start sets."""
+    os.environ.setdefault("LOCAL_RANK", str(launched().local_rank))
 
 
 def mesh_of_group(layout: Layout, device: torch.device) -> Mesh:
@@ -180,10 +187,21 @@ def mesh_of_group(layout: Layout, device: torch.device) -> Mesh:
         data=Axis(data.get_local_rank(), layout.data, data.get_group()) if data is not None else ALONE,
         context=_axis(full, "context", layout.context),
         tensor=_axis(full, "tensor", layout.tensor),
+        ends=_ends(layout, rank),
         shards=cut["shards"] if replicas == 1 else cut["replicas", "shards"],
         host=host,
         store=dist.distributed_c10d._get_default_store(),
     )
+
+
+def _ends(layout: Layout, rank: int) -> Axis:
+    """The group of this rank with the other end of its pipeline. Every rank makes every group: torch asks for that."""
+    found, last = ALONE, (layout.pipeline - 1) * (layout.world_size // layout.pipeline)
+    for first in range(last and layout.world_size // layout.pipeline):
+        group = dist.new_group([first, first + last])
+        if rank in (first, first + last):
+            found = Axis(int(rank != first), 2, group)
+    return found
 
 
 def _axis(mesh: DeviceMesh, name: str, size: int) -> Axis:

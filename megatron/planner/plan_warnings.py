@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.quantities import format_count
-from megatron.config.schema import ParallelSection
 from megatron.planner.repetition import MUCH_REPEATED
 
 GRAVITIES = ("high", "medium", "low")
@@ -19,19 +18,16 @@ _JUMP = 0.01  # of the larger rate: less is rounding of a law's end
 Warned = dict[str, Any]
 
 
-def warnings_of(
-    plan: Mapping[str, Any], tokenizer: str, parallel: ParallelSection, has_sentinels: bool = True
-) -> list[Warned]:
-    """The warnings of a plan from `plan_of`, by gravity: objects with "gravity", "kind", "text" and, where there are
-    such, "stage", "source" and "exit_code" (of `train`, which would refuse).
+def warnings_of(plan: Mapping[str, Any], tokenizer: str, has_sentinels: bool = True) -> list[Warned]:
+    """The warnings of a plan from `plan_of`, with `plan_layout`'s under "layout", by gravity: objects with "gravity",
+    "kind", "text" and, where there are such, "stage", "source" and "exit_code" (of `train`, which would refuse).
 
     Args:
         tokenizer: `tokenizer.path`.
-        parallel: `[parallel]`.
         has_sentinels: whether that tokenizer, where it is there, has sentinels for fill-in-the-middle.
     """
     found = [
-        *_refused_layouts(parallel),
+        *_layout(plan.get("layout")),
         *_repeated(plan),
         *_missing_tokenizer(tokenizer),
         *(() if has_sentinels else _without_sentinels(plan, tokenizer)),
@@ -44,20 +40,16 @@ def warnings_of(
     return sorted(found, key=lambda row: GRAVITIES.index(row["gravity"]))
 
 
-def _refused_layouts(parallel: ParallelSection) -> Iterator[Warned]:
-    """One process is what this version trains on: it is what `[parallel]` says where nothing is said."""
-    default = ParallelSection()
-    for key in type(parallel).model_fields:
-        asked, allowed = getattr(parallel, key), getattr(default, key)
-        if asked != allowed:
-            words = str(allowed).lower() if isinstance(allowed, bool) else repr(allowed).replace("'", '"')
-            yield {
-                "gravity": "high",
-                "kind": "train-refuses",
-                "exit_code": 6,
-                "text": f"train will refuse parallel.{key} = {str(asked).lower()}: it runs on one process yet; set "
-                f"parallel.{key} = {words} or leave it out",
-            }
+def _layout(layout: Mapping[str, Any] | None) -> Iterator[Warned]:
+    """What `train` will refuse of `[parallel]`, and what it will allow and is worth a word."""
+    if layout is None:
+        return
+    over = f" over {layout['processes']} processes" if layout["processes"] > 1 else ""
+    for row in layout["refusals"]:
+        text = f"train will refuse the layout{over}: {row['text']}"
+        yield {"gravity": "high", "kind": "train-refuses", "exit_code": row["exit_code"], "text": text}
+    for note in layout["notes"]:
+        yield {"gravity": "low", "kind": "layout", "text": f"layout: {note}"}
 
 
 def _repeated(plan: Mapping[str, Any]) -> Iterator[Warned]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
+from megatron.config.errors import DataError, UnavailableError
+from megatron.config.layout import Layout, resolve_layout
+from megatron.config.layout_checks import BatchShape, check_layout, notes_of_layout
 from megatron.config.load import config_to_tables, config_to_toml
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.quantities import format_count
@@ -21,14 +24,15 @@ from megatron.data.native import backend_name
 from megatron.data.sources import TokenizerIdentity
 from megatron.engines.base import Engine, PrecisionChoice
 from megatron.engines.build import build_engine
-from megatron.engines.precision import choose_precision
+from megatron.engines.precision import bf16_support, choose_precision
 from megatron.metrics.console import Console
-from megatron.metrics.meters import StepClock
 from megatron.metrics.sinks import JsonlSink, Sink
+from megatron.parallel.mesh import Mesh, local_device
 from megatron.planner.resolve import ResolvedRun, resolve_run
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.load import load_tokenizer
 from megatron.trainer.hooks import Checkpoint, CompareOrder, Log, StopWhereNothingIsLearnt, Validate
+from megatron.trainer.job import Job, OneProcess
 from megatron.trainer.loop import Run
 from megatron.trainer.resume import Start, check_shape, find_checkpoint, settle
 from megatron.trainer.run_folder import RunFolder
@@ -45,11 +49,16 @@ class Built:
     loader: BatchLoader
     sinks: list[Sink]
     samples: int
+    manager: CheckpointManager
 
     @property
     def complete(self) -> bool:
         """Whether every sample of the schedule is consumed."""
         return self.run.state.consumed_samples >= self.samples
+
+    def finish(self) -> None:
+        """Waits for a save that runs beside training. Raises what went wrong in it."""
+        self.manager.finish()
 
     def close(self) -> None:
         """Ends the loader's thread and closes the sinks."""
@@ -81,46 +90,56 @@ def build(
     folder: RunFolder,
     state: TrainerState,
     console: Console,
-    stop_requested: Callable[[], bool],
+    stop_signal: Callable[[], str],
+    job: Job | None = None,
 ) -> Built | None:
     """The run of a config, at the position that its folder says; `state` is filled in. None: it is complete.
 
-    Every check that can be made before training is made here, before anything in the folder is moved.
-    Raises every StagemixError but NonFiniteError.
+    All ranks of the job build together. Every check that can be made before training is made here, before the ranks
+    join and before anything in the folder is moved. Raises every StagemixError but NonFiniteError.
     """
+    job = job or OneProcess()
+    layout = resolve_layout(config.parallel, job.who.world_size)
     tokenizer = load_tokenizer(config.tokenizer.path)
-    manager = CheckpointManager(folder.checkpoints, config.checkpoint.keep)
-    found = find_checkpoint(start, folder, manager, console.say)
-    resolved = _resolve(config, tokenizer, found, allow_lr_change)
+    board = job.checkpoint_board()
+    manager = CheckpointManager(folder.checkpoints, config.checkpoint.keep, board=board, say=console.say)
+    job.at("looks for a checkpoint")
+    found = find_checkpoint(start, folder, manager, console.say, job.writes)
+    resolved = job.in_turn("opens the data", lambda: _resolve(config, tokenizer, found, allow_lr_change, job))
+    job.agree("data", data_facts(resolved, tokenizer), DataError)
     if found:
         vars(state).update(vars(TrainerState.from_json(found.state)))
     if state.consumed_samples >= resolved.schedule.samples:
         return None
-    check_takes(config.stages[len(resolved.ledger.stages) :])
+    check_takes(config.stages[len(resolved.ledger.stages) :], board)
     shape = resolve_model(
         config.model, tokenizer.vocab_size, max(stage.seq_length for stage in resolved.schedule.stages)
     )
     if found:
         check_shape(found, shape)
-    precision = _precision(config, shape, found)
-    engine = _engine(config, shape, precision, found)
-    run_id = found.state["run_id"] if found else uuid.uuid4().hex[:12]
-    optional = _optional_sinks(config, folder, state, run_id)
-    settle(found, folder, manager, console.say)
+    precision = _precision(config, shape, found, job)
+    _check_layout(config, layout, shape, resolved, precision)
+    mesh = job.open_mesh(layout)
+    job.at("makes the model")
+    engine = _engine(config, shape, precision, found, mesh)
+    run_id = job.share("run id", lambda: found.state["run_id"] if found else uuid.uuid4().hex[:12])
+    sinks = _optional_sinks(config, folder, state, run_id) if job.writes else []
+    settle(found, folder, manager, console.say, job.writes)
     resolved_words = config_to_toml(config)
-    folder.write("config.toml", resolved_words)
-    sinks: list[Sink] = [JsonlSink(folder.metrics), console, *optional]
+    if job.writes:
+        folder.write("config.toml", resolved_words)
+        sinks = [JsonlSink(folder.metrics), console, *sinks]
     constants = constants_of(run_id, shape.to_json(), precision, tokenizer, resolved)
     files = files_of(resolved_words, tokenizer)
-    saver = Saver(manager, state, engine, sinks, constants, resolved, files)
-    for line in description(config, resolved, engine, precision, found, state):
+    saver = Saver(manager, state, engine, sinks, constants, resolved, files, config.checkpoint.asynchronous)
+    lines = description(config, resolved, engine, precision, found, state)
+    lines += [f"  note: {note}" for note in notes_of_layout(config.parallel, layout, shape, job.who.local_world_size)]
+    lines.append(f"resolved config, kept in {folder.path / 'config.toml'} and with every checkpoint:")
+    for line in [*lines, *(f"  {line}".rstrip() for line in resolved_words.splitlines())]:
         console.say(line)
-    console.say(f"resolved config, kept in {folder.path / 'config.toml'} and with every checkpoint:")
-    for line in resolved_words.splitlines():
-        console.say(f"  {line}".rstrip())
     console.begin(resolved.schedule.tokens, state.consumed_tokens)
-    begin = StageStart(config.stages, shape, engine, state, config.run.seed, console.say)
-    return _assemble(config, resolved, saver, begin, stop_requested)
+    begin = StageStart(config.stages, shape, engine, state, config.run.seed, console.say, board)
+    return _assemble(config, resolved, saver, begin, stop_signal, job, mesh)
 
 
 def _assemble(
@@ -128,11 +147,13 @@ def _assemble(
     resolved: ResolvedRun,
     saver: Saver,
     begin_training_stage: Callable[[str], None],
-    stop_requested: Callable[[], bool],
+    stop_signal: Callable[[], str],
+    job: Job,
+    mesh: Mesh,
 ) -> Built:
     """The loop's pieces around what the saver already holds: state, engine, sinks."""
     train, validation, names = config.train, config.validation, sorted(resolved.sources)
-    state, engine, sinks, clock = saver.state, saver.engine, saver.sinks, StepClock()
+    state, engine, sinks, clock = saver.state, saver.engine, saver.sinks, job.clock()
     held_out = validation_batches(resolved.sources, config.model.seq_length, train.micro_batch_size, validation.samples)
     loader = BatchLoader(
         resolved.stream(),
@@ -141,6 +162,8 @@ def _assemble(
         config.data.prefetch,
         workers=config.data.workers,
         pin_memory=True,  # of effect only where there is a CUDA device to copy to
+        data_rank=mesh.data.rank,
+        data_size=mesh.data.size,
     )
     run = Run(
         state=state,
@@ -148,36 +171,63 @@ def _assemble(
         batches=loader,
         timeline=ResolvedTimeline(resolved, frozenset(stage.end_sample for stage in resolved.schedule.stages)),
         begin_training_stage=begin_training_stage,
-        stop_requested=stop_requested,
+        stop_signal=stop_signal,
+        over_ranks=job.over_ranks(mesh),
         hooks=[
+            lambda step: job.at("after a step", step.state.step),
             Log(sinks, names, clock),
             CompareOrder(resolved.ledger.order),
             Validate(validation.every, engine, held_out, names, sinks, clock),
             StopWhereNothingIsLearnt(train.max_non_finite, saver.manager.newest_name),
-            Checkpoint(config.checkpoint.every, saver, clock),
+            Checkpoint(config.checkpoint.every, saver, clock, saver.manager.poll),
         ],
         clock=clock,
     )
-    return Built(run, loader, list(sinks), resolved.schedule.samples)
+    return Built(run, loader, list(sinks), resolved.schedule.samples, saver.manager)
 
 
 def _resolve(
-    config: RunConfig, tokenizer: Tokenizer, found: CheckpointRef | None, allow_lr_change: bool
+    config: RunConfig, tokenizer: Tokenizer, found: CheckpointRef | None, allow_lr_change: bool, job: Job
 ) -> ResolvedRun:
     identity = TokenizerIdentity.of(tokenizer)
     ledger = Ledger.from_json(found.state["data"]) if found else None
     sentinels = sentinels_of(tokenizer, config.tokenizer.fim)
-    return resolve_run(
+    resolved = resolve_run(
         config, ledger=ledger, tokenizer=identity, fim_sentinels=sentinels, allow_lr_change=allow_lr_change
     )
+    if job.who.world_size > 1:
+        _prepare_epochs(resolved)
+    return resolved
 
 
-def _engine(config: RunConfig, shape: ModelShape, precision: PrecisionChoice, found: CheckpointRef | None) -> Engine:
+def _prepare_epochs(resolved: ResolvedRun) -> None:
+    """Opens or builds the epoch indexes that the first batch needs, so that ranks in turn build each once."""
+    consumed = resolved.ledger.consumed_samples
+    if consumed >= resolved.schedule.samples:
+        return
+    for name in resolved.schedule.locate(consumed)[0].weights.sources:
+        order, record = resolved.sources[name].order, resolved.ledger.sources.get(name)
+        if order is not None and order.epoch_tokens:
+            order.prepare((record.cursor.get("cursor", 0) if record else 0) // order.epoch_tokens)
+
+
+def _check_layout(
+    config: RunConfig, layout: Layout, shape: ModelShape, resolved: ResolvedRun, precision: PrecisionChoice
+) -> None:
+    steps = (step for stage in resolved.schedule.stages for step in stage.shapes.steps)
+    batches = [BatchShape(step.seq_length, step.global_batch_size) for step in steps]
+    check_layout(config.parallel, layout, shape, config.train, config.optimizer, batches, precision.name)
+
+
+def _engine(
+    config: RunConfig, shape: ModelShape, precision: PrecisionChoice, found: CheckpointRef | None, mesh: Mesh
+) -> Engine:
     # A new run's random state is a function of its seed alone, never of what the process did before.
     torch.manual_seed(config.run.seed)
-    engine = build_engine(shape, config.optimizer, config.parallel, config.train, config.run.seed, precision.name)
+    sections = (config.optimizer, config.parallel, config.train)
+    weights = found.model() if found else None
+    engine = build_engine(shape, *sections, config.run.seed, precision.name, mesh, weights)
     if found:
-        engine.load_model_state(found.model())
         engine.load_optimizer_state(found.optimizer())
         engine.load_rng_state(found.rng())
     return engine
@@ -207,12 +257,25 @@ def description(
     return lines + [f"  note: {event['event']} in stage {event['stage']!r}" for event in resolved.events]
 
 
-def _precision(config: RunConfig, shape: ModelShape, found: CheckpointRef | None) -> PrecisionChoice:
-    """What was measured at step 0 is kept for the whole run (law T2)."""
+def _precision(config: RunConfig, shape: ModelShape, found: CheckpointRef | None, job: Job) -> PrecisionChoice:
+    """What rank 0 measured at step 0 is kept for the whole run, on all ranks (law T2)."""
     asked = config.train.precision
     if found and asked in ("auto", found.state["precision"]["name"]):
         return PrecisionChoice(**found.state["precision"])
-    return choose_precision(asked, shape, config.train.micro_batch_size, config.model.seq_length)
+
+    def choose() -> dict[str, Any]:
+        return asdict(choose_precision(asked, shape, config.train.micro_batch_size, config.model.seq_length))
+
+    choice = PrecisionChoice(**job.share("precision", choose))
+    if choice.name == "bf16" and (obstacle := bf16_support(local_device(job.who.local_rank))):
+        raise UnavailableError(f"train.precision is bf16 and cannot run on every process: {obstacle}; set it to fp32")
+    return choice
+
+
+def data_facts(resolved: ResolvedRun, tokenizer: Tokenizer) -> dict[str, str]:
+    """What must be the same data on every rank: the fingerprints of the tokenizer and of each source."""
+    sources = {f"the fingerprint of source {name!r}": s.fingerprint for name, s in sorted(resolved.sources.items())}
+    return {"the fingerprint of the tokenizer": tokenizer.fingerprint, **sources}
 
 
 def _optional_sinks(config: RunConfig, folder: RunFolder, state: TrainerState, run_id: str) -> list[Sink]:

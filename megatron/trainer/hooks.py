@@ -149,16 +149,25 @@ class Checkpoint:
     checkpoints must not be pushed out by a run that has gone wrong.
     """
 
-    def __init__(self, every: int, save: Callable[[bool, bool], None], clock: StepClock) -> None:
+    def __init__(
+        self,
+        every: int,
+        save: Callable[[bool, bool], None],
+        clock: StepClock,
+        poll: Callable[[], None] = lambda: None,
+    ) -> None:
+        """poll: raises what went wrong in a save that ran beside training."""
         self._every = every
         self._save = save
         self._clock = clock
+        self._poll = poll
 
     def __call__(self, step: Step) -> None:
         """Calls save(keep_forever, retire) where it is time to."""
+        self._poll()
         learning = step.state.skipped_in_row == 0
         due = step.state.step % self._every == 0 and learning
-        if due or step.ends_training_stage or step.stopping:
+        if due or step.ends_training_stage or step.stop:
             with self._clock.spending("checkpoint"):
                 self._save(step.ends_training_stage, learning)
 

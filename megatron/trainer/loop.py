@@ -8,6 +8,7 @@ from typing import Protocol
 
 from megatron.engines.base import Engine
 from megatron.metrics.meters import StepClock
+from megatron.trainer.over_ranks import OverRanks
 from megatron.trainer.state import BatchLike, Step, TrainerState
 
 
@@ -23,33 +24,39 @@ class Timeline(Protocol):
 
 @dataclass
 class Run:
-    """The pieces of a run, put together by `build`."""
+    """The pieces of a run, put together by `build`. stop_signal: the one that this process was sent; empty: none."""
 
     state: TrainerState
     engine: Engine
     batches: Iterable[BatchLike]
     timeline: Timeline
     begin_training_stage: Callable[[str], None]
-    stop_requested: Callable[[], bool]
+    stop_signal: Callable[[], str]
+    over_ranks: OverRanks
     hooks: list[Callable[[Step], None]]
     clock: StepClock
 
 
-def train(run: Run) -> None:
-    """Trains until the schedule is over or a stop is requested; a step that was begun is always finished."""
+def train(run: Run) -> str:
+    """Trains until the schedule is over or any rank is asked to stop; a step that was begun is always finished.
+
+    Gives the name of the signal that stopped it; empty where it came to its end.
+    """
     state, clock = run.state, run.clock
-    if run.stop_requested():
-        return
+    if stop := run.over_ranks.stop_asked(run.stop_signal()):
+        return stop
     for batch in clock.waiting("data", run.batches):
         if batch.training_stage != state.training_stage:
             run.begin_training_stage(batch.training_stage)
         lr = run.timeline.learning_rate(state.consumed_tokens + batch.tokens)
         with clock.spending("engine"):
             result = run.engine.train_step(batch.microbatches, lr)
-        state.advance(batch, result)
+        whole, stop = run.over_ranks.end_of_step(batch, run.stop_signal())
+        state.advance(whole, result)
         ends = run.timeline.ends_training_stage(state.consumed_samples)
-        step = Step(state, batch, result, lr, ends, run.stop_requested())
+        step = Step(state, whole, result, lr, ends, stop)
         for hook in run.hooks:
             hook(step)
-        if step.stopping:
-            return
+        if stop:
+            return stop
+    return ""

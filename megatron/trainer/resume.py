@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.manager import CheckpointManager, CheckpointRef, open_checkpoint
+from megatron.checkpoint.board import Board
+from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
 from megatron.config.errors import ChangedPastError, CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
 from megatron.metrics.sinks import cut_after
@@ -23,14 +24,17 @@ class Start:
     resume_from: Path | None = None
 
 
-def find_checkpoint(start: Start, folder: RunFolder, manager: CheckpointManager, say: Say) -> CheckpointRef | None:
-    """The checkpoint to go on from, or None for a new run.
+def find_checkpoint(
+    start: Start, folder: RunFolder, manager: CheckpointManager, say: Say, writes: bool = True
+) -> CheckpointRef | None:
+    """All ranks: the checkpoint to go on from, or None for a new run. writes: for the rank that owns the folder.
 
     Raises CheckpointError where the one asked for is damaged or no checkpoint is whole, ConfigError for a fresh start
     in an occupied folder and for a foreign checkpoint in one.
     """
     if start.fresh:
-        folder.refuse_occupied()
+        if writes:
+            folder.refuse_occupied()
         return None
     if start.resume_from is None:
         return manager.newest_whole(say)
@@ -39,13 +43,13 @@ def find_checkpoint(start: Start, folder: RunFolder, manager: CheckpointManager,
             f"--resume-from {start.resume_from}: is a run's folder: name one of its checkpoints/step-…, or leave the "
             "option out to go on from the newest"
         )
-    if not _is_own(start.resume_from, manager) and manager.steps():
+    if writes and not _is_own(start.resume_from, manager) and manager.steps():
         raise ConfigError(
             f"--resume-from {start.resume_from}: is not of this run, and {folder.path} already holds checkpoints of "
             "its own: set run.output to another folder"
         )
     try:
-        return open_checkpoint(start.resume_from)
+        return manager.open(start.resume_from)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. --resume-from needs a whole checkpoint: name another, or leave it out to go on from the newest "
@@ -68,38 +72,38 @@ def check_shape(found: CheckpointRef, shape: ModelShape) -> None:
         )
 
 
-def settle(found: CheckpointRef | None, folder: RunFolder, manager: CheckpointManager, say: Say) -> None:
-    """Sets aside what lies beyond the checkpoint that the run goes on from: rows of metrics, and newer checkpoints
-    where an older one was asked for by name. Nothing is deleted. A foreign checkpoint becomes the run's first."""
+def settle(
+    found: CheckpointRef | None, folder: RunFolder, manager: CheckpointManager, say: Say, writes: bool = True
+) -> None:
+    """All ranks: sets aside what lies beyond the checkpoint that the run goes on from: rows of metrics, and newer
+    checkpoints where an older one was asked for by name; the rank that writes does so. Nothing is deleted. A foreign
+    checkpoint becomes the run's first."""
     step = found.step if found else 0
-    for number, path in manager.steps():
-        if number > step and manager.is_whole_as_far_as_known(path):
-            say(f"set aside {path} as {manager.set_aside(path)}: the run goes on from step {step}")
-    if rows := cut_after(folder.metrics, step):
-        say(f"set aside {rows} rows of metrics beyond step {step} in {folder.path / 'metrics.discarded.jsonl'}")
+    if writes:
+        for number, path in manager.steps():
+            if number > step and manager.is_whole_as_far_as_known(path):
+                say(f"set aside {path} as {manager.set_aside(path)}: the run goes on from step {step}")
+        if rows := cut_after(folder.metrics, step):
+            say(f"set aside {rows} rows of metrics beyond step {step} in {folder.path / 'metrics.discarded.jsonl'}")
     if found and not _is_own(found.path, manager):
         # Else a kill before the first save would start the run over from nothing.
-        extra = {
-            str(path.relative_to(found.path)): path
-            for path in found.path.rglob("*")
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in ("manifest.json", "state.json")
-        }
-        manager.save(step, found.model(), found.optimizer(), found.rng(), found.state, extra, keep_forever=True)
-    if found and step and not folder.metrics.exists():
+        manager.adopt(found)
+    if writes and found and step and not folder.metrics.exists():
         say(f"note: {folder.metrics} is not there: rows up to step {step} are missing from it")
 
 
-def whole_checkpoint_at(path: Path) -> CheckpointRef:
-    """The checkpoint that a user means by a path: a checkpoint folder, or a run's folder and its newest whole one.
+def whole_checkpoint_at(path: Path, board: Board | None = None) -> CheckpointRef:
+    """All ranks of the board: the checkpoint that a user means by a path: a checkpoint folder, or a run's folder and
+    its newest whole one.
 
     Raises CheckpointError.
     """
     if (path / "checkpoints").is_dir():
-        found = CheckpointManager(path / "checkpoints").newest_whole(lambda _: None)
+        found = CheckpointManager(path / "checkpoints", board=board).newest_whole(lambda _: None)
         if found is None:
             raise CheckpointError(f"{path}: holds no checkpoint yet")
         return found
-    return open_checkpoint(path)
+    return CheckpointManager(path.parent, board=board).open(path)
 
 
 def _is_own(path: Path, manager: CheckpointManager) -> bool:

@@ -44,6 +44,11 @@ class RunFolder:
             print(f"note: {self.path}: cannot be locked ({error.strerror}): start no second run there", flush=True)
         self.exit_record.unlink(missing_ok=True)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this process has claimed the folder."""
+        return self._lock is not None
+
     def close(self) -> None:
         """Gives the folder back."""
         if self._lock is not None:

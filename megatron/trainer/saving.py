@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Saver:
-    """Saves the run as it stands. Called with (keep_forever, retire)."""
+    """Saves the run as it stands; all ranks together. Called with (keep_forever, retire)."""
 
     manager: CheckpointManager
     state: TrainerState
@@ -29,6 +29,7 @@ class Saver:
     constants: Mapping[str, Any]
     resolved: ResolvedRun
     files: Mapping[str, bytes | Path]
+    asynchronous: bool = False
 
     def __call__(self, keep_forever: bool, retire: bool) -> None:
         """Makes the metrics durable, then the checkpoint: a published checkpoint never lacks rows up to its step."""
@@ -44,6 +45,7 @@ class Saver:
             self.files,
             keep_forever,
             retire,
+            self.asynchronous,
         )
 
 

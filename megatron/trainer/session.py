@@ -1,14 +1,19 @@
-"""One process of a run from its start to its exit code, with the exit on record whatever happens."""
+"""A process of a run from its start to its exit code, with the exit on record whatever happens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_REQUEUE, IO_REMEDIES, StagemixError
+from megatron.config.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, StagemixError
+from megatron.config.load import config_to_tables
 from megatron.config.schema import RunConfig
 from megatron.metrics.console import Console
+from megatron.parallel.health import code_of
+from megatron.parallel.health_agreement import flat, program_facts
+from megatron.parallel.mesh import launched
 from megatron.trainer.build import build
+from megatron.trainer.job import Job, OneProcess, Rank
 from megatron.trainer.loop import train
 from megatron.trainer.resume import Start
 from megatron.trainer.run_folder import RunFolder
@@ -20,8 +25,12 @@ def run_training(config: RunConfig, start: Start, allow_lr_change: bool = False)
     """Trains the run of `config`, or goes on with it, and gives the exit code: 0 done, 75 stopped by a signal.
 
     OUTPUT/exit.json records code, reason, step and consumed samples at every end but a kill; errors are raised after
-    that, as StagemixError where the user can do something about them.
+    that, as StagemixError where the user can do something about them. One process of several doesn't raise: it shows
+    its error, or the one that came first on another, and ends the process with that one's code.
     """
+    who = launched()
+    if who.world_size > 1:
+        return _train_as_a_rank(config, start, allow_lr_change, Rank(who, config.health))
     folder, state = RunFolder(config.run.output), TrainerState()
     folder.open()
     console = Console(config.log.every)
@@ -31,7 +40,7 @@ def run_training(config: RunConfig, start: Start, allow_lr_change: bool = False)
 
     try:
         with StopSignals(lambda number: record(128 + number, f"second signal {number}: ended at once")) as stop:
-            code, reason = _train(config, start, allow_lr_change, folder, state, console, stop)
+            code, reason = _train(config, start, allow_lr_change, folder, state, console, stop, OneProcess())
         record(code, reason)
     except BaseException as error:
         _record_error(error, record, console.say)
@@ -39,6 +48,43 @@ def run_training(config: RunConfig, start: Start, allow_lr_change: bool = False)
     finally:
         folder.close()
     return code
+
+
+def _train_as_a_rank(config: RunConfig, start: Start, allow_lr_change: bool, rank: Rank) -> int:
+    """The same as one of several processes; only rank 0 touches the run's folder."""
+    folder, state = RunFolder(config.run.output), TrainerState()
+    console = Console(config.log.every) if rank.writes else Mute(config.log.every)
+
+    def record(code: int, reason: str) -> None:
+        if folder.is_open:
+            folder.record_exit(code, reason, progress_of(state))
+
+    def at_once(number: int) -> None:
+        words = f"second signal {number}: ended at once"
+        rank.health.fail_at_once(128 + number, words)
+        record(128 + number, words)
+
+    rank.health.record = record
+    try:
+        with StopSignals(at_once) as stop:
+            rank.health.stop_asked = lambda: stop.requested
+            rank.agree("start", start_facts(config, start, allow_lr_change), ConfigError)
+            if rank.writes:
+                folder.open()
+            code, reason = _train(config, start, allow_lr_change, folder, state, console, stop, rank)
+            record(code, reason)
+            rank.close()
+    except BaseException as error:
+        rank.fail(error)
+    finally:
+        folder.close()
+    return code
+
+
+def start_facts(config: RunConfig, start: Start, allow_lr_change: bool) -> dict[str, Any]:
+    """What every process must have been started with: versions, sources of the program, config, options."""
+    options = {"--fresh": start.fresh, "--resume-from": start.resume_from, "--allow-lr-change": allow_lr_change}
+    return {**program_facts(), **flat(config_to_tables(config)), **options}
 
 
 def _train(
@@ -49,20 +95,32 @@ def _train(
     state: TrainerState,
     console: Console,
     stop: StopSignals,
+    job: Job,
 ) -> tuple[int, str]:
-    built = build(config, start, allow_lr_change, folder, state, console, lambda: stop.requested)
+    built = build(config, start, allow_lr_change, folder, state, console, lambda: stop.name, job)
     if built is None:
         console.say(f"run {config.run.name} is complete: {state.step} steps; nothing to do")
         return EXIT_DONE, "already complete"
     try:
-        train(built.run)
+        signal_name = train(built.run)
+        built.finish()
     finally:
         built.close()
     if built.complete:
         console.say(f"run {config.run.name} is complete: {state.step} steps, {state.consumed_tokens} tokens")
         return EXIT_DONE, "complete"
-    console.say(f"{stop.name}: stopped at step {state.step}; start the same command again to go on")
-    return EXIT_REQUEUE, stop.name
+    console.say(f"{signal_name}: stopped at step {state.step}; start the same command again to go on")
+    return EXIT_REQUEUE, signal_name
+
+
+class Mute(Console):
+    """The console of a rank that does not speak."""
+
+    def begin(self, total_tokens: int, consumed_tokens: int) -> None:
+        """No bar."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
 
 
 def progress_of(state: TrainerState) -> dict[str, Any]:
@@ -76,13 +134,8 @@ def progress_of(state: TrainerState) -> dict[str, Any]:
 
 
 def _record_error(error: BaseException, record: Callable[[int, str], None], say: Callable[[str], None]) -> None:
-    code = EXIT_BUG
-    if isinstance(error, StagemixError):
-        code = error.exit_code
-    elif isinstance(error, OSError) and error.errno in IO_REMEDIES:
-        code = EXIT_IO
     try:
-        record(code, f"{type(error).__name__}: {error}")
+        record(code_of(error), f"{type(error).__name__}: {error}")
     except StagemixError as second:
         # A full disk takes no record either; the error that ended the run is the one to raise.
         say(f"note: exit.json could not be written: {second}")

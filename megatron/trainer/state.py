@@ -89,11 +89,11 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was just taken, as hooks see it."""
+    """A step that was just taken, as hooks see it; its numbers are those of the global batch. stop: a signal's name."""
 
     state: TrainerState
     batch: BatchLike
     result: StepResult
     lr: float
     ends_training_stage: bool
-    stopping: bool
+    stop: str

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
+from megatron.checkpoint.board import Board
+from megatron.checkpoint.tensor_shards import TensorSource, WholeTensors
 from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
 from megatron.config.schema import StageSection
 from megatron.engines.base import Engine
+from megatron.engines.model_parts import InitialWeights
 from megatron.hf.import_weights import load_hf_weights, tensor_files
-from megatron.models.decoder import Decoder
-from megatron.models.initialise import initialise
 from megatron.trainer.resume import Say, whole_checkpoint_at
 from megatron.trainer.state import TrainerState
 
@@ -23,8 +22,8 @@ KEEP = ("continue", "fresh")
 class StageStart:
     """Called with a stage's name when its first step is about to be taken.
 
-    `seed` gives the weights of step 0 again. Cursors are the data package's business; here they are only
-    put on record.
+    All ranks call it together; board: where they meet. `seed` gives the weights of step 0 again. Cursors are the data
+    package's business; here they are only put on record.
     """
 
     def __init__(
@@ -35,7 +34,9 @@ class StageStart:
         state: TrainerState,
         seed: int,
         say: Say,
+        board: Board | None = None,
     ) -> None:
+        self._board = board
         self._sections = {section.name: section for section in sections}
         self._shape = shape
         self._engine = engine
@@ -55,21 +56,22 @@ class StageStart:
         if take.optimizer == "fresh":
             self._engine.reset_optimizer()
         elif take.optimizer != "continue":
-            self._engine.load_optimizer_state(whole_checkpoint_at(Path(take.optimizer)).optimizer())
+            self._engine.load_optimizer_state(whole_checkpoint_at(Path(take.optimizer), self._board).optimizer())
         if asked:
             self._state.taken[name] = asked
 
-    def _weights(self, words: str) -> Mapping[str, Tensor]:
+    def _weights(self, words: str) -> TensorSource:
         if words == "fresh":
-            return initial_weights(self._shape, self._seed)
+            return InitialWeights(self._shape, self._seed)
         path = Path(words)
         if is_hugging_face(path):
-            return load_hf_weights(path, self._shape)
-        return whole_checkpoint_at(path).model()
+            return WholeTensors(load_hf_weights(path, self._shape))
+        return whole_checkpoint_at(path, self._board).model()
 
 
-def check_takes(sections: Sequence[StageSection]) -> None:
-    """Looks at everything that the stages yet to begin will take over, so that a mistake is found before training.
+def check_takes(sections: Sequence[StageSection], board: Board | None = None) -> None:
+    """All ranks of the board: looks at everything that the stages yet to begin will take over, so that a mistake is
+    found before training.
 
     Raises CheckpointError or ConfigError that names the stage.
     """
@@ -85,17 +87,9 @@ def check_takes(sections: Sequence[StageSection]) -> None:
                 if is_hugging_face(path) and key == "weights":
                     tensor_files(path)
                 else:
-                    whole_checkpoint_at(path)
+                    whole_checkpoint_at(path, board)
             except CheckpointError as error:
                 raise CheckpointError(f"{where}: {error}") from None
-
-
-def initial_weights(shape: ModelShape, seed: int) -> Mapping[str, Tensor]:
-    """The weights of step 0, whatever the layout and however far the run is."""
-    model = Decoder(shape)
-    initialise(model, seed)
-    weights: Mapping[str, Tensor] = model.state_dict()
-    return weights
 
 
 def is_hugging_face(path: Path) -> bool:

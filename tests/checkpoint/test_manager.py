@@ -10,14 +10,16 @@ import resource
 import shutil
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron.checkpoint.manager import CheckpointManager, open_checkpoint
+from megatron.checkpoint.manifest import Seal
 from megatron.checkpoint.storage import Storage, Tensors
+from megatron.checkpoint.tensor_shards import whole_shards
 from megatron.config.errors import CheckpointError, StorageError
 
 STORAGE_METHODS = ("make_folder", "write_bytes", "write_tensors", "copy_file", "sync_folder", "rename", "remove_folder")
@@ -37,7 +39,16 @@ def save(manager: CheckpointManager, step: int, keep_forever: bool = False, reti
     parts = tensors_of(step)
     extra: dict[str, bytes | Path] = {"config.toml": b"[run]\n", "tokenizer/tokenizer.model": Path(__file__)}
     state = {"format": 1, "step": step, "data": {"n": step}}
-    return manager.save(step, **parts, state=state, extra_files=extra, keep_forever=keep_forever, retire=retire).path
+    return manager.save(
+        step,
+        whole_shards(parts["model"]),
+        whole_shards(parts["optimizer"]),
+        parts["rng"],
+        state,
+        extra,
+        keep_forever=keep_forever,
+        retire=retire,
+    )
 
 
 def assert_holds(found: object, step: int) -> None:
@@ -45,7 +56,7 @@ def assert_holds(found: object, step: int) -> None:
     parts = tensors_of(step)
     assert found.step == step and found.state["data"] == {"n": step}  # type: ignore[attr-defined]
     for part, read in (("model", found.model), ("optimizer", found.optimizer), ("rng", found.rng)):  # type: ignore[attr-defined]
-        tensors = read()
+        tensors = read() if part == "rng" else read().all()
         assert tensors.keys() == parts[part].keys()
         for name, tensor in parts[part].items():
             assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
@@ -71,8 +82,8 @@ def test_what_is_saved_is_what_is_found(tmp_path: Path) -> None:
 def test_views_and_shared_memory_are_saved_whole(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     model = {"transposed": base.t(), "row": base[1], "same": base[1], "all": base}
-    CheckpointManager(tmp_path).save(1, model, {}, {"torch": torch.zeros(1)}, {"step": 1})
-    found = open_checkpoint(tmp_path / "step-000000001").model()
+    CheckpointManager(tmp_path).save(1, whole_shards(model), {}, {"torch": torch.zeros(1)}, {"step": 1})
+    found = open_checkpoint(tmp_path / "step-000000001").model().all()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.items())
 
 
@@ -160,20 +171,21 @@ class KillingStorage(Storage):
         if name not in STORAGE_METHODS:
             return method
 
-        def counted(*arguments: object) -> None:
+        def counted(*arguments: object) -> object:
             self.count += 1
             if self.count == self.at and self.when == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.count == self.at and self.when == "amid":
                 self._half(name, method, arguments)
                 os.kill(os.getpid(), signal.SIGKILL)
-            method(*arguments)
+            result = method(*arguments)
             if self.count == self.at and self.when == "after":
                 os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
         return counted
 
-    def _half(self, name: str, method: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    def _half(self, name: str, method: Callable[..., object], arguments: tuple[object, ...]) -> None:
         """Leaves what a torn operation leaves: half of a file's bytes, or half of a folder's entries deleted."""
         target = Path(str(arguments[-1] if name == "copy_file" else arguments[0]))
         if name in ("write_bytes", "write_tensors", "copy_file"):
@@ -229,13 +241,13 @@ class FailingStorage(Storage):
     def __init__(self, at: int, number: int) -> None:
         self.left, self.number = at, number
 
-    def write_bytes(self, path: Path, data: bytes) -> None:
+    def write_bytes(self, path: Path, data: bytes) -> Seal:
         self._count(path)
-        super().write_bytes(path, data)
+        return super().write_bytes(path, data)
 
-    def write_tensors(self, path: Path, tensors: Tensors) -> None:
+    def write_tensors(self, path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Seal:
         self._count(path)
-        super().write_tensors(path, tensors)
+        return super().write_tensors(path, tensors, metadata)
 
     def _count(self, path: Path) -> None:
         from megatron.checkpoint.storage import io_errors
@@ -272,7 +284,7 @@ def test_B1_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path, limit: i
         descriptor = os.open(message, os.O_WRONLY | os.O_CREAT)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
-            CheckpointManager(tmp_path).save(2, **parts, state={"step": 2})
+            CheckpointManager(tmp_path).save(2, whole_shards(parts["model"]), {}, parts["rng"], {"step": 2})
         except StorageError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             os.write(descriptor, str(error).encode())

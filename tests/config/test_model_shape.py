@@ -42,6 +42,16 @@ def test_every_preset_resolves_and_survives_json(preset: str) -> None:
     assert shape.max_position_embeddings == 64 and shape.padded_vocab_size == 128
 
 
+def test_dropout_is_off_unless_asked_for_and_in_shapes_of_before_it() -> None:
+    shape = resolve(preset="llama-demo")
+    assert shape.hidden_dropout == 0.0
+    assert resolve(preset="llama-demo", hidden_dropout=0.1).hidden_dropout == 0.1
+    old = {name: value for name, value in shape.to_json().items() if name != "hidden_dropout"}
+    assert ModelShape.from_json(old) == shape
+    with pytest.raises(ConfigError, match="model shape lacks norm"):
+        ModelShape.from_json({name: value for name, value in old.items() if name != "norm"})
+
+
 def test_what_the_user_says_wins_over_the_preset() -> None:
     said: dict[str, object] = {"hidden_size": 512, "tie_word_embeddings": False, "rope_theta": 7.0}
     shape = resolve(preset="llama-demo", document_mask=False, **said)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mixed_runs import config_of, write_corpora
 
+from megatron.data.fim import FimSentinels
 from megatron.data.ledger import add_to_order
 from megatron.data.loader import Batch, BatchLoader, Microbatch, validation_batches
 from megatron.planner.resolve import resolve_run
@@ -97,8 +98,8 @@ def test_an_error_of_a_reader_comes_where_its_batch_would(corpora: Path, prefetc
     stream, given = run.stream(), []
     good = stream.next_batch
 
-    def broken() -> Any:
-        samples = good()
+    def broken(owned: Any = None) -> Any:
+        samples = good(owned)
         if samples[0].number >= 8:
             document = samples[0].pieces[0]._replace(document=10**9)
             samples[0].pieces[0] = document
@@ -126,3 +127,65 @@ def test_at_least_one_worker_is_needed(corpora: Path) -> None:
     run = resolve_run(config_of(corpora, [dict(stage) for stage in STAGES]))
     with pytest.raises(ValueError, match="worker"):
         BatchLoader(run.stream(), run.sources, 2, workers=0)
+
+
+def shared_out(corpora: Path, size: int, stages: list[dict[str, Any]], micro: int = 1) -> list[list[Batch]]:
+    """Each data rank's batches, each from a stream of its own."""
+    found = []
+    for rank in range(size):
+        run = resolve_run(
+            config_of(corpora, [dict(stage) for stage in stages]), fim_sentinels=FimSentinels(253, 254, 255)
+        )
+        with BatchLoader(run.stream(), run.sources, micro, prefetch=2, data_rank=rank, data_size=size) as loader:
+            found.append(list(loader))
+    return found
+
+
+EVEN: list[dict[str, Any]] = [
+    {"name": "one", "samples": 48, "mixture": {"a": 1, "b": 2}, "seq_length": 16, "global_batch_size": 4},
+    {
+        "name": "two",
+        "samples": 40,
+        "mixture": {"a": 1, "c": 1, "d": 1},
+        "seq_length": 23,
+        "global_batch_size": 8,
+        "batch_ramp": {"start": 4, "increment": 4, "over": "16 samples"},
+    },
+]
+WITH_FIM = [EVEN[0] | {"fim": {"a": "0.5"}}, EVEN[1]]
+
+
+@pytest.mark.parametrize("stages", [EVEN, WITH_FIM], ids=["plain", "fim"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_M3_data_ranks_share_each_batch_out_in_blocks_and_keep_one_ledger(
+    corpora: Path, size: int, stages: list[dict[str, Any]]
+) -> None:
+    (whole,) = shared_out(corpora, 1, stages)
+    assert any(batch.position["stages"][0]["use"]["a"].get("displaced") for batch in whole) == (stages is WITH_FIM)
+    parts = shared_out(corpora, size, stages)
+    for number, batch in enumerate(whole):
+        ranks = [batches[number] for batches in parts]
+        for rank in ranks:
+            assert rank.position == batch.position
+            assert (rank.step, rank.samples, rank.tokens) == (batch.step, batch.samples, batch.tokens)
+            assert rank.samples_by_source == batch.samples_by_source
+            assert sum(micro.tokens.shape[0] for micro in rank.microbatches) == batch.samples // size
+        for name in ("tokens", "targets", "document_ids", "source_ids", "sample_numbers"):
+            assert [row for rank in ranks for row in arrays(rank, name)] == arrays(batch, name)
+        assert sum(int(rank.digest, 16) for rank in ranks) % 2**64 == int(batch.digest, 16)
+        assert sum(rank.valid_targets for rank in ranks) == batch.valid_targets
+        for word in (0, 1):
+            assert sum(rank.loaded[word] for rank in ranks) % 2**64 == batch.loaded[word]
+
+
+def test_sample_numbers_count_through_the_run(corpora: Path) -> None:
+    numbers = [number for batch in batches(corpora) for number in arrays(batch, "sample_numbers")]
+    assert numbers == list(range(70))
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(corpora: Path) -> None:
+    with pytest.raises(ValueError, match="a batch of 4 cannot be shared out equally to 3 ranks"):
+        shared_out(corpora, 3, EVEN)
+    run = resolve_run(config_of(corpora, [dict(stage) for stage in STAGES]))
+    with pytest.raises(ValueError, match="data rank 2 is not one of 2"):
+        BatchLoader(run.stream(), run.sources, 2, data_rank=2, data_size=2)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
+from megatron.checkpoint.manager import CheckpointManager, CheckpointRef, open_checkpoint
+from megatron.checkpoint.tensor_shards import whole_shards
 from megatron.config.load import config_from_tables, config_to_toml
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import RunConfig
@@ -133,4 +134,7 @@ def make_checkpoint(folder: Path, model: dict[str, Any] | None = None, tokenizer
     extra: dict[str, bytes | Path] = {"config.toml": config_to_toml(config).encode()}
     extra |= {f"tokenizer/{file.name}": file for file in opened.files()}
     manager = CheckpointManager(Path(config.run.output) / "checkpoints")
-    return manager.save(8, make_weights(shape), {"x": torch.zeros(1)}, {"cpu": torch.zeros(1)}, state, extra)
+    optimizer = whole_shards({"x": torch.zeros(1)})
+    return open_checkpoint(
+        manager.save(8, whole_shards(make_weights(shape)), optimizer, {"cpu": torch.zeros(1)}, state, extra)
+    )

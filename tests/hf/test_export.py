@@ -22,6 +22,8 @@ SHAPES = {
     "llama-tied-biased": LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "neox": NEOX,
     "neox-sequential": NEOX | {"parallel_block": False, "hidden_act": "gelu_tanh", "attention_bias": False},
+    "llama-dropout": LLAMA | {"hidden_dropout": 0.2},
+    "neox-dropout": NEOX | {"hidden_dropout": 0.2},
 }
 
 
@@ -49,6 +51,8 @@ def test_C3_every_architecture_proves_itself(name: str, tmp_path: Path) -> None:
     proof = export_checkpoint(source, tmp_path / "out").proof
     assert proof is not None and proof.largest_logit_difference <= 1e-4
     assert {item.length for item in proof.comparisons} >= {1, source.shape.max_position_embeddings}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("hidden_dropout") == (source.shape.hidden_dropout if "neox" in name else None)
     read = load_hf_weights(tmp_path / "out", source.shape)
     assert read.keys() == source.weights.keys()
     for name, tensor in source.weights.items():

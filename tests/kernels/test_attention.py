@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.kernels import attention_blockwise as blockwise
-from megatron.kernels.attention import attention_sdpa, piece_starts, plan_for_sdpa
+from megatron.kernels.attention import (
+    attention_sdpa,
+    attention_sdpa_pieces,
+    piece_starts,
+    plan_for_sdpa,
+    plan_pieces,
+    runs_of,
+)
 
 
 def written_out(query: Tensor, key: Tensor, value: Tensor, ids: Tensor) -> Tensor:
@@ -61,6 +68,38 @@ def test_every_way_equals_the_definition(
     wanted = torch.autograd.grad(expected, inputs, upstream)
     for got, want in zip(torch.autograd.grad(ours, inputs, upstream), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 99), st.integers(1, 5), st.data())
+def test_queries_of_some_positions_equal_those_of_all(
+    shape: tuple[int, ...], seed: int, block: int, data: st.DataObject
+) -> None:
+    batch, _, length, _, _ = shape
+    steps = st.lists(st.integers(0, 1), min_size=length, max_size=length)
+    ids = torch.tensor([data.draw(steps) for _ in range(batch)]).cumsum(1).int()
+    positions = torch.tensor(sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1))))
+    query, key, value = random_inputs(shape, seed)
+    first = piece_starts(ids)
+    expected = attention_sdpa(query, key, value, plan_for_sdpa(first))[:, positions]
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, (query, key, value), upstream)
+    here = query[:, :, positions]
+    blocks = blockwise.plan_blocks(first, torch.float64, block, positions)
+    for ours in (
+        attention_sdpa_pieces(here, key, value, plan_pieces(first, positions)),
+        blockwise.attention_blockwise(here, key, value, blocks),
+    ):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-10)
+        for got, want in zip(
+            torch.autograd.grad(ours, (query, key, value), upstream, retain_graph=True), wanted, strict=True
+        ):
+            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-9)
+
+
+def test_runs_of_positions() -> None:
+    assert list(runs_of(torch.tensor([0, 1, 2, 6, 7, 9]))) == [(0, 3, 0), (3, 5, 6), (5, 6, 9)]
+    assert list(runs_of(torch.tensor([4]))) == [(0, 1, 4)]
 
 
 def test_gradcheck() -> None:

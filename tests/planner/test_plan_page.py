@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ResolvedRun, dict[st
     config = planned(tmp_path_factory.mktemp("plan"))
     run = resolve_run(config)
     plan = plan_of(run, config.stages, config.train.tokens)
-    plan["warnings"] = warnings_of(plan, "no <such> file", config.parallel)
+    plan["warnings"] = warnings_of(plan, "no <such> file")
     return run, plan, page_of("a <b> & plan", run, plan)
 
 

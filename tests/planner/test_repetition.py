@@ -9,7 +9,6 @@ import pytest
 from made_runs import run_config, write_corpus
 from planned_runs import LENGTHS, SIZES, integral, planned, stages
 
-from megatron.config.schema import ParallelSection
 from megatron.planner import positions
 from megatron.planner.plan import plan_of
 from megatron.planner.plan_warnings import warnings_of
@@ -149,12 +148,10 @@ def test_lengths_that_change_inside_a_stage_move_every_position(tmp_path: Path) 
     assert plan["stages"][0]["asked_tokens"] == plan["tokens"]
 
 
-def warned(
-    folder: Path, change: dict[str, Any], parallel: ParallelSection | None = None, tokenizer: str = "bytes"
-) -> Any:
+def warned(folder: Path, change: dict[str, Any], tokenizer: str = "bytes") -> Any:
     config = planned(folder, **change)
     plan = plan_of(resolve_run(config), config.stages, config.train.tokens)
-    return warnings_of(plan, tokenizer, parallel or config.parallel)
+    return warnings_of(plan, tokenizer)
 
 
 def test_warnings_come_by_gravity_and_name_what_they_mean(tmp_path: Path) -> None:
@@ -178,30 +175,10 @@ def test_a_source_without_a_weight_and_weights_that_are_normalised_are_said(tmp_
     assert any(row["kind"] == "normalised" and "sum to 4" in row["text"] for row in found)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("engine", "deepspeed"), ("tensor", 2), ("sequence", True), ("pipeline", 4), ("context", 2),
-     ("schedule", "zbv"), ("data_shard", "full"), ("recompute", "selective")],
-)  # fmt: skip
-def test_layouts_are_warned_of_exactly_where_train_refuses_them(tmp_path: Path, key: str, value: Any) -> None:
-    from megatron.config.errors import UnavailableError
-    from megatron.config.schema import OptimizerSection, TrainSection
-    from megatron.engines.build import build_engine
-
-    section = ParallelSection(**{key: value})
-    with pytest.raises(UnavailableError) as refused:
-        build_engine(None, OptimizerSection(), section, TrainSection(global_batch_size=1), 1, "fp32")  # type: ignore[arg-type]
-    found = [row for row in warned(tmp_path, {}, section) if row.get("exit_code") == 6]
-    assert len(found) == 1 and f"parallel.{key} = {str(value).lower()}" in found[0]["text"]
-    remedy = str(refused.value).partition("; ")[2]
-    assert remedy and remedy in found[0]["text"]
-    assert not [row for row in warned(tmp_path, {}) if row.get("exit_code") == 6]
-
-
 def test_fill_in_the_middle_without_sentinels_is_warned_of(tmp_path: Path) -> None:
     config = planned(tmp_path, [{**stages()[0], "fim": {"code": "0.5"}}])
     plan = plan_of(resolve_run(config))
-    found = warnings_of(plan, "bytes", config.parallel, has_sentinels=False)
+    found = warnings_of(plan, "bytes", has_sentinels=False)
     (row,) = [row for row in found if row.get("exit_code") == 2]
     assert "python, rust" in row["text"] and row["stage"] == "even"
-    assert not [row for row in warnings_of(plan, "bytes", config.parallel) if row.get("exit_code") == 2]
+    assert not [row for row in warnings_of(plan, "bytes") if row.get("exit_code") == 2]

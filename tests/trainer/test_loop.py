@@ -15,6 +15,7 @@ from megatron.engines.base import StepResult
 from megatron.metrics.meters import StepClock
 from megatron.trainer.hooks import Checkpoint, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.loop import Run, train
+from megatron.trainer.over_ranks import OneRank
 from megatron.trainer.state import Step, TrainerState
 
 STAGES = {"balanced": 3, "text": 2, "cooldown": 4}
@@ -113,7 +114,8 @@ class Bench:
                 batches=batches(self.state.step),
                 timeline=FakeTimeline(),
                 begin_training_stage=self.begun.append,
-                stop_requested=lambda: bool(engine.calls) and engine.calls[-1][0] >= self.stop_at > 0,
+                stop_signal=lambda: "SIGTERM" if engine.calls and engine.calls[-1][0] >= self.stop_at > 0 else "",
+                over_ranks=OneRank(),
                 hooks=[*hooks, self.seen.append],
                 clock=StepClock(),
             )
@@ -135,7 +137,7 @@ def test_a_stage_begins_once_however_the_run_is_cut() -> None:
     for cut in range(1, 9):
         first = Bench(stop_at=cut)
         first.run()
-        assert first.state.step == cut and first.seen[-1].stopping
+        assert first.state.step == cut and first.seen[-1].stop
         second = Bench(state=TrainerState.from_json(first.state.to_json()))
         second.run()
         assert first.begun + second.begun == ["balanced", "text", "cooldown"]
@@ -144,8 +146,18 @@ def test_a_stage_begins_once_however_the_run_is_cut() -> None:
 
 def test_a_stop_before_the_first_step_trains_nothing() -> None:
     bench = Bench()
-    run = Run(bench.state, FakeEngine(), batches(), FakeTimeline(), bench.begun.append, lambda: True, [], StepClock())  # type: ignore[arg-type]
-    train(run)
+    run = Run(
+        state=bench.state,
+        engine=FakeEngine(),  # type: ignore[arg-type]
+        batches=batches(),
+        timeline=FakeTimeline(),
+        begin_training_stage=bench.begun.append,
+        stop_signal=lambda: "SIGINT",
+        over_ranks=OneRank(),
+        hooks=[],
+        clock=StepClock(),
+    )
+    assert train(run) == "SIGINT"
     assert bench.state == TrainerState() and not bench.begun
 
 

@@ -1,0 +1,384 @@
+"""The engine on DeepSpeed: ZeRO 0 to 3, and AdamW on the host. The one file that imports deepspeed.
+
+DeepSpeed runs backward, sums gradients over the data ranks, clips and updates. What a run's meaning hangs on is
+said here: how the loss is scaled, which microbatch is the last, the learning rate, what is kept and restored.
+
+    ZeRO 0     our masters and torch's optimizer; DeepSpeed sums the gradients, the engine clips (DeepSpeed would not
+               tell the norm)
+    ZeRO 1-3   DeepSpeed's float32 masters, cut over the data ranks; a gradient that is not finite makes it drop the
+               step, gradients and all
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
+from megatron.config.errors import CheckpointError, UnavailableError
+from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
+from megatron.engines.base import MicrobatchLike, StepResult
+from megatron.engines.deepspeed_config import ZERO_STAGES, deepspeed_config, refuse_what_deepspeed_cannot
+from megatron.engines.deepspeed_pieces import LocalParameter, Piece, parameters_of, run_of
+from megatron.engines.deepspeed_ranks import DeepSpeedRanks
+from megatron.engines.deepspeed_state import DeepSpeedState
+from megatron.engines.master_weights import MasterWeights
+from megatron.engines.model_parts import ModelParts
+from megatron.engines.precision import COMPUTE_DTYPES
+from megatron.engines.row_losses import RowLosses, gather_rows, valid_targets
+from megatron.models.decoder import Decoder
+from megatron.models.recompute import apply_recompute
+from megatron.optim.build import build_optimizer
+from megatron.optim.groups import parameter_groups
+from megatron.parallel.mesh import Mesh, state_local_rank, sum_over
+from megatron.parallel.pipeline import Pipeline, Rows, StageShape
+
+
+def build_deepspeed_engine(
+    parts: ModelParts,
+    mesh: Mesh,
+    optimizer: OptimizerSection,
+    parallel: ParallelSection,
+    precision: str,
+    description: Mapping[str, str],
+    train: TrainSection | None = None,
+) -> DeepSpeedEngine:
+    """The engine over modules that lie on the meta device; weights are 0 until `load_model_state`.
+
+    train: where given, the batch sizes in the user's own DeepSpeed JSON may repeat its.
+    Raises UnavailableError and ConfigError for what DeepSpeed cannot do, by key.
+    """
+    refuse_what_deepspeed_cannot(parallel, optimizer, precision)
+    state_local_rank()
+    return DeepSpeedEngine(parts, mesh, optimizer, parallel, precision, description, train)
+
+
+def _pipeline(
+    parts: ModelParts, modules: Sequence[nn.Module], mesh: Mesh, parallel: ParallelSection, dtype: torch.dtype
+) -> Pipeline:
+    ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    travelling = StageShape(parts.modules[0].shape.hidden_size, dtype, ranks)
+    return Pipeline(modules, parts.numbers, parts.owners, mesh.pipeline, parallel.schedule, travelling, mesh.device)
+
+
+class DeepSpeedEngine:
+    """Implements `Engine`."""
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        mesh: Mesh,
+        optimizer: OptimizerSection,
+        parallel: ParallelSection,
+        precision: str,
+        description: Mapping[str, str],
+        train: TrainSection | None,
+    ) -> None:
+        with torch.device("meta"):
+            self._whole = {name: p.detach() for name, p in Decoder(parts.modules[0].shape).named_parameters()}
+        self._mesh, self._section = mesh, optimizer
+        self._stage = ZERO_STAGES[parallel.data_shard]
+        self._parameters = [part for module in parts.modules for part in parameters_of(module)]
+        held = sum(part.parameter.numel() for part in self._parameters)
+        config = deepspeed_config(parallel, optimizer, precision, held, train)
+        _open_alone(mesh)
+        deepspeed = _deepspeed()
+        for module in parts.modules:
+            module.to_empty(device=mesh.device)
+        self._parameters = [part for module in parts.modules for part in parameters_of(module)]
+        self._ranks = DeepSpeedRanks.of(mesh)
+        self._mark()
+        dtype = COMPUTE_DTYPES[precision]
+        self._masters = [MasterWeights(module, dtype) for module in parts.modules] if self._stage == 0 else []
+        computing = [master.modules[0] for master in self._masters] or list(parts.modules)
+        for module in computing:
+            apply_recompute(module, parallel.recompute, parallel.recompute_policy, parallel.recompute_layers)
+        built = self._build_optimizer(deepspeed, parallel.offload == "optimizer")
+        whole = parts.modules[0] if len(parts.modules) == 1 else nn.ModuleList(parts.modules)
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=whole, optimizer=built, config=config, mpu=self._ranks, dist_init_required=False
+            )
+        self._inner = self._engine.basic_optimizer
+        self._computing = computing
+        self._model: Callable[..., Any] = computing[0] if self._masters else self._engine
+        self._pipeline = _pipeline(parts, computing, mesh, parallel, dtype) if parallel.pipeline > 1 else None
+        pieces = [self._piece(part) for part in self._parameters]
+        self._state = DeepSpeedState(self._engine, self._stage, optimizer, pieces, self._whole, self._refresh_copies)
+        self._description = {**description, "engine": f"deepspeed {deepspeed.__version__}, ZeRO-{self._stage}"}
+        if parallel.offload == "optimizer":
+            self._description["optimizer"] = "AdamW, DeepSpeedCPUAdam on the host"
+
+    def _mark(self) -> None:
+        """Tells DeepSpeed which parameters are cut and which are copies, and sums over the tensor ranks where each has
+        part of a gradient: before it is added up, since ZeRO 2 and 3 send and drop it there."""
+        for part in self._parameters:
+            part.parameter.data.zero_()
+            part.parameter.tensor_model_parallel = part.cut.dim is not None
+            part.parameter.ds_pipe_replicated = part.copy
+            if self._stage and part.cut.partial and not self._mesh.tensor.alone:
+                part.parameter.register_hook(lambda gradient: sum_over(gradient.contiguous(), self._mesh.tensor))
+
+    def _build_optimizer(self, deepspeed: Any, on_host: bool) -> torch.optim.Optimizer:
+        parameters = {f"{part.name}{' (copy)' * part.copy}": part.parameter for part in self._parameters}
+        if not on_host:
+            return build_optimizer(parameters, self._section)
+        groups = parameter_groups(parameters.items(), self._section.weight_decay)
+        with _quiet():
+            try:
+                return deepspeed.ops.adam.DeepSpeedCPUAdam(
+                    groups, lr=0.0, betas=self._section.betas, eps=self._section.eps
+                )
+            except (RuntimeError, OSError) as error:
+                raise UnavailableError(
+                    f'parallel.offload "optimizer" needs DeepSpeed\'s CPU Adam, which could not be built: '
+                    f"{_causes(error)}; install ninja and a C++ compiler that torch accepts, or set "
+                    'parallel.offload = "none"'
+                ) from error
+
+    def _piece(self, part: LocalParameter) -> Piece:
+        replica = part.copy or (self._stage == 0 and self._ranks.data.rank != 0)
+        owned = not replica and (part.cut.dim is not None or self._mesh.tensor.rank == 0)
+        run = partial(run_of, part.parameter, self._inner.state)
+        return Piece(part.name, part.shape, part.cut, self._mesh.tensor, owned, run)
+
+    def _refresh_copies(self) -> None:
+        for master in self._masters:
+            master.refresh()
+
+    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
+        """One update from the mean loss over the valid targets of all microbatches of all data ranks."""
+        valid = valid_targets(self._mesh, [m.targets for m in microbatches])
+        if valid == 0:
+            rows = self._gather(microbatches, None)
+            return StepResult(0.0, rows.by_source(), 0.0, 0, False, "no target of the batch is valid")
+        for group in self._inner.param_groups:
+            group["lr"] = lr
+        losses = self._forward_backward([self._place(m) for m in microbatches], self._ranks.data.size / valid)
+        by_source = self._gather(microbatches, losses).by_source()
+        loss = sum(total for total, _ in by_source.values()) / valid
+        if self._pipeline is not None:
+            self._finish_pipeline(loss)
+        grad_norm = self._update() if self._stage else self._update_masters(loss)
+        updated = math.isfinite(loss) and math.isfinite(grad_norm)
+        self._state.began |= updated
+        names = [name for name, value in (("loss", loss), ("gradient norm", grad_norm)) if not math.isfinite(value)]
+        reason = "" if updated else f"{' and '.join(names)} not finite"
+        return StepResult(loss, by_source, grad_norm, valid, updated, reason)
+
+    def _forward_backward(self, placed: Sequence[Rows], scale: float) -> Tensor | None:
+        """Gradients of scale x the losses; each row's sum of losses, where the head is held.
+
+        DeepSpeed divides by the number of data ranks, which the scale makes up for. A loss that is not finite spreads
+        into every gradient: DeepSpeed, which looks at gradients only, then drops the step on all ranks.
+        """
+        if self._pipeline is not None:
+            self._engine.set_gradient_accumulation_boundary(False)
+            losses = self._pipeline.train(Rows.joined(placed), len(placed), scale)
+            self._collect()
+            return losses
+        parts = []
+        for number, rows in enumerate(placed):
+            self._engine.set_gradient_accumulation_boundary(number == len(placed) - 1)
+            total, losses = self._run(rows, scale)
+            spread = total.sum() * torch.where(torch.isfinite(total.detach().sum()), 1.0, torch.nan)
+            if self._masters:
+                spread.backward()
+                self._collect()
+            else:
+                self._engine.backward(spread, scale_wrt_gas=False)
+            parts.append(losses)
+        return torch.cat(parts)
+
+    def _collect(self) -> None:
+        for master in self._masters:
+            master.collect()
+
+    def _finish_pipeline(self, loss: float) -> None:
+        """What DeepSpeed does at the end of its own backward passes, and the sum of a tied weight's two gradients."""
+        self._engine.set_gradient_accumulation_boundary(True)
+        for part in self._parameters:
+            gradient = part.gradient()
+            if part.name == "embedding.weight" and part.tied:
+                sum_over(gradient, self._mesh.ends)
+            if not math.isfinite(loss):
+                gradient.fill_(torch.nan)
+        if self._stage:
+            self._engine.allreduce_gradients()
+
+    def _run(self, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
+        return self._model(
+            rows.tokens,
+            rows.document_ids,
+            targets=rows.targets,
+            scale=scale,
+            sample_numbers=rows.sample_numbers,
+        )
+
+    def _place(self, m: MicrobatchLike) -> Rows:
+        tensors = (m.tokens, m.targets, m.document_ids, m.sample_numbers)
+        return Rows(*(tensor.to(self._mesh.device, non_blocking=True) for tensor in tensors))
+
+    def _update(self) -> float:
+        """DeepSpeed's update, or its dropping of the step; the norm before clipping, infinite where dropped."""
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            self._state.after_dropped_step()
+        return float(self._engine.get_global_grad_norm())
+
+    def _update_masters(self, loss: float) -> float:
+        """ZeRO 0: sum, norm, clip, update."""
+        for part in self._parameters:
+            if part.cut.partial:
+                sum_over(part.gradient(), self._mesh.tensor)
+        self._engine.allreduce_gradients()
+        gradients = [part.gradient() for part in self._parameters]
+        first = self._mesh.tensor.rank == 0
+        counted = [p.gradient() for p in self._parameters if not p.copy and (first or p.cut.dim is not None)]
+        square = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        for norm in torch._foreach_norm(counted) if counted else []:
+            square += norm.double().square()
+        grad_norm = math.sqrt(float(sum_over(square, self._ranks.model)))
+        bound = self._section.clip_grad_norm
+        if 0 < bound < grad_norm < math.inf:
+            torch._foreach_mul_(gradients, bound / grad_norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._engine.step()
+            self._refresh_copies()
+        for master in self._masters:
+            master.drop_gradients()
+        return grad_norm
+
+    def _gather(self, microbatches: Sequence[MicrobatchLike], losses: Tensor | None) -> RowLosses:
+        rows = sum(m.targets.shape[0] for m in microbatches)
+        targets, sources = [m.targets for m in microbatches], [m.source_ids for m in microbatches]
+        data = self._mesh.data
+        return gather_rows(self._mesh, rows * data.size, rows * data.rank, targets, sources, losses)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
+        """Source id -> (sum of losses, valid targets). ZeRO 3 gathers weights together, so all ranks run as often."""
+        data = self._mesh.data
+        share = -(-len(microbatches) // data.size)
+        mine = list(microbatches[share * data.rank : share * (data.rank + 1)])
+        first = sum(m.targets.shape[0] for m in microbatches[: share * data.rank])
+        run = (lambda rows: self._run(rows, 1.0)[1]) if self._pipeline is None else self._pipeline.evaluate
+        for module in self._computing:
+            module.eval()
+        losses = [run(self._place(m)) for m in (*mine, *[microbatches[0]] * (share - len(mine)))]
+        for module in self._computing:
+            module.train()
+        found = [part for part in losses[: len(mine)] if part is not None]
+        none = torch.zeros(0, dtype=torch.int64, device=self._mesh.device)
+        return gather_rows(
+            self._mesh,
+            sum(m.targets.shape[0] for m in microbatches),
+            first,
+            [m.targets for m in mine] or [none.view(0, 1)],
+            [m.source_ids for m in mine] or [none],
+            torch.cat(found) if found else None,
+        ).by_source()
+
+    def model_state(self) -> TensorShards:
+        """Float32 masters, each rank's runs as boxes."""
+        return self._state.model_state()
+
+    def load_model_state(self, source: TensorSource) -> None:
+        """Copies weights in; nothing is changed where anything does not fit."""
+        self._state.load_model_state(source)
+
+    def optimizer_state(self) -> TensorShards:
+        """Flat, by "<parameter>/<key>"."""
+        return self._state.optimizer_state()
+
+    def load_optimizer_state(self, source: TensorSource) -> None:
+        """Takes over copies; a source without names resets."""
+        self._state.load_optimizer_state(source)
+
+    def reset_optimizer(self) -> None:
+        """Zeroes moments and steps."""
+        self._state.reset_optimizer()
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """torch's generators: "cpu", and "cuda" where the model is there."""
+        state = {"cpu": torch.get_rng_state()}
+        if self._mesh.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._mesh.device)
+        return state
+
+    def load_rng_state(self, state: Mapping[str, Tensor]) -> None:
+        """Sets torch's generators."""
+        if "cpu" not in state:
+            raise CheckpointError("random state lacks cpu")
+        torch.set_rng_state(state["cpu"])
+        if self._mesh.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self._mesh.device)
+
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self._whole.values())
+
+    def describe(self) -> dict[str, str]:
+        """What runs."""
+        return dict(self._description)
+
+
+def _deepspeed() -> Any:
+    """The package, quiet, and without the one thing that it would compile for each run on CPUs."""
+    with _quiet():
+        try:
+            import deepspeed
+            import deepspeed.ops.adam
+        except ImportError as error:
+            raise UnavailableError(
+                f'parallel.engine "deepspeed" needs the deepspeed package, which cannot be imported ({error}): '
+                'pip install -r requirements/run.txt, or set parallel.engine = "torch"'
+            ) from None
+    # On CPUs it would compile a shared-memory all-reduce at every first start, for inference, which nothing here uses.
+    deepspeed.ops.__compatible_ops__ = {}
+    # torch 2.13 has new names for two collectives, and says so at each place where DeepSpeed uses the old ones.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # standard output is ours
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back the notes and warnings of imports and builds, logged or printed; errors are raised."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _causes(error: BaseException) -> str:
+    """The first lines of an error and of what caused it."""
+    found: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        found.append((str(cause).strip() or type(cause).__name__).splitlines()[0])
+        cause = cause.__cause__
+    return ": ".join(found)
+
+
+def _open_alone(mesh: Mesh) -> None:
+    """DeepSpeed wants a process group even for one process: one in memory, without a port."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if mesh.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

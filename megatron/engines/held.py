@@ -1,0 +1,113 @@
+"""What a rank holds of the model's parameters: local tensors, and where each lies in the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.tensor_shards import TensorShard, TensorSource
+from megatron.config.errors import CheckpointError
+from megatron.parallel.axis import Axis
+from megatron.parallel.mesh import Mesh, sum_over
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter as it lies here.
+
+    name: global. local: the master values held here, a live tensor, perhaps empty. shape, offset: of the whole, and
+    where the local box begins. owned: of all ranks that hold the same box, this one counts it in the norm and writes
+    it. partial: the gradient is a part of a sum over the tensor ranks. copy: a tied head's own embedding.
+    gradient: gives the local gradient, None before the first backward pass.
+    """
+
+    name: str
+    local: Tensor
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    owned: bool
+    partial: bool
+    copy: bool
+    gradient: Callable[[], Tensor | None]
+
+    @property
+    def key(self) -> str:
+        """The name among those held here: a copy stands beside the embedding itself on the rank that has both."""
+        return f"{self.name} (copy)" if self.copy else self.name
+
+    def shard(self, tensor: Tensor) -> TensorShard:
+        """A tensor that lies as the parameter does, or a number that goes with it."""
+        if tensor.ndim == 0 and self.shape:
+            return TensorShard(tensor, (), ())
+        return TensorShard(tensor, self.shape, self.offset)
+
+    @property
+    def begins(self) -> bool:
+        """Whether the whole tensor's first element is here."""
+        return not any(self.offset) and self.local.numel() > 0
+
+
+def fill(held: Iterable[Held], source: TensorSource) -> None:
+    """Copies weights in; nothing is changed where a name, a shape or a dtype does not fit."""
+    held = list(held)
+    for item in held:
+        dtype = source.dtype(item.name)
+        if source.shape(item.name) != item.shape or torch.promote_types(dtype, item.local.dtype) != item.local.dtype:
+            raise CheckpointError(
+                f"weight {item.name} is {dtype} {list(source.shape(item.name))}, "
+                f"the model needs {item.local.dtype} {list(item.shape)}"
+            )
+    with torch.no_grad():
+        for item in held:
+            item.local.copy_(source.read(item.name, item.offset, tuple(item.local.shape)))
+
+
+def check_names(wanted: Iterable[str], source: TensorSource) -> None:
+    """Raises CheckpointError where a source's names are not those of the whole model."""
+    wanted, given = set(wanted), set(source.names())
+    if missing := sorted(wanted - given):
+        raise CheckpointError(f"weights lack {', '.join(missing)}: another model wrote them")
+    if unknown := sorted(given - wanted):
+        raise CheckpointError(f"weights have unknown {', '.join(unknown)}: another model wrote them")
+
+
+def finish_gradients(held: Iterable[Held], mesh: Mesh, ends: Axis) -> None:
+    """What backward passes leave open: sums over the tensor ranks of partial gradients, and of tied weights.
+
+    ends: the first and the last pipeline rank, which both hold a tied embedding; alone where one rank has it all.
+    """
+    held = list(held)
+    _sum_flat([item.gradient() for item in held if item.partial], mesh.tensor)
+    tied = [item for item in held if item.copy]
+    originals = {item.name: item for item in held if not item.copy}
+    for item in tied:
+        if item.name in originals:
+            mine, other = item.gradient(), originals[item.name].gradient()
+            assert mine is not None and other is not None
+            other.add_(mine)
+            mine.copy_(other)
+    if not ends.alone:
+        _sum_flat([item.gradient() for item in held if item.name == "embedding.weight"], ends)
+
+
+def _sum_flat(gradients: list[Tensor | None], axis: Axis) -> None:
+    """Sums the gradients over an axis in one message."""
+    tensors = [gradient for gradient in gradients if gradient is not None]
+    if axis.alone or not tensors:
+        return
+    flat = sum_over(torch.cat([tensor.reshape(-1) for tensor in tensors]), axis)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def squared_norm(gradients: Mapping[str, Tensor], held: Iterable[Held], mesh: Mesh) -> Tensor:
+    """The square of the whole gradient's 2-norm, float64, the same on every rank: each element counts once."""
+    mine = [gradients[item.key] for item in held if item.owned and item.local.numel()]
+    norms = torch._foreach_norm(mine) if mine else []
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for norm in norms:
+        total += norm.double().square()
+    return sum_over(total, mesh.everyone)

@@ -1,0 +1,83 @@
+"""This rank's part of a model: which layers, which slices, built without memory and filled by global name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.config.model_shape import ModelShape
+from megatron.config.partition import partition_layers, stage_count, stage_numbers
+from megatron.config.schema import ParallelSection
+from megatron.models.attention import AttentionBackend
+from megatron.models.decoder import Decoder
+from megatron.models.initialise import initial_value
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.model_place import ModelPlace
+from megatron.parallel.pipeline import SPLIT_BACKWARD
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The pipeline stages held here, ascending: their modules and numbers. owners: the pipeline rank of every stage."""
+
+    modules: tuple[Decoder, ...]
+    numbers: tuple[int, ...]
+    owners: tuple[int, ...]
+
+
+def build_parts(
+    shape: ModelShape, section: ParallelSection, mesh: Mesh, backend: AttentionBackend, dtype: torch.dtype, seed: int
+) -> ModelParts:
+    """Modules on the meta device, in the master weights' dtype."""
+    count = stage_count(section)
+    layers = partition_layers(shape, count, shape.max_position_embeddings)
+    owners = [0] * count
+    for rank in range(section.pipeline):
+        for number in stage_numbers(section, rank):
+            owners[number] = rank
+    numbers = stage_numbers(section, mesh.pipeline.rank)
+    modules = []
+    with torch.device("meta"):
+        for number in numbers:
+            place = ModelPlace(
+                tensor=mesh.tensor,
+                sequence=section.sequence,
+                context=mesh.context,
+                context_method=section.context_method,
+                layers=layers[number],
+                first=number == 0,
+                last=number == count - 1,
+                split_backward=section.pipeline > 1 and section.schedule in SPLIT_BACKWARD,
+            )
+            modules.append(Decoder(shape, backend, place, seed).to(dtype))
+    return ModelParts(tuple(modules), tuple(numbers), tuple(owners))
+
+
+class InitialWeights:
+    """The weights of step 0 as a TensorSource: whole tensors, drawn by name, the same for every layout."""
+
+    def __init__(self, shape: ModelShape, seed: int) -> None:
+        with torch.device("meta"):
+            self._model = Decoder(shape)
+        self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        self._seed = seed
+
+    def names(self) -> Iterable[str]:
+        """Every parameter of the whole model."""
+        return self._shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Values are drawn in float32, whatever they are kept in."""
+        return torch.float32
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A box of the whole tensor, which is drawn for it."""
+        box = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        return initial_value(self._model, name, self._seed)[box]

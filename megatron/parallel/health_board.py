@@ -1,0 +1,131 @@
+"""A board that all ranks of a job write on and read: JSON on the job's store, from before the process groups exist.
+
+A rank opens it first of all, so that whatever goes wrong afterwards on one rank can be told to all.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from megatron.config.errors import ConfigError, LostProcessError
+from megatron.parallel.mesh import Launched
+
+_FASTEST, _SLOWEST = 0.01, 0.25
+
+
+@dataclass(frozen=True)
+class Board:
+    """One rank's access. Threads share none: a question of one would wait for an answer to the other's; see `another`.
+
+    Nothing here waits inside the store: its own waiting prints a warning at each timeout, and cannot be interrupted.
+    """
+
+    store: Store
+    rank: int
+    world_size: int
+    nodes: int = 1
+
+    def another(self) -> Board:
+        """The same board over a connection of its own, for another thread."""
+        connection = self.store.clone()  # type: ignore[attr-defined]
+        return Board(connection, self.rank, self.world_size, self.nodes)
+
+    def post(self, key: str, value: Any) -> None:
+        """Writes a JSON value under a key, over what was there."""
+        self.store.set(key, json.dumps(value))
+
+    def read(self, key: str) -> Any:
+        """The value of a key; None where nothing is."""
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def read_all(self, keys: list[str]) -> list[Any]:
+        """The values of keys that are all there."""
+        return [json.loads(value) for value in self.store.multi_get(keys)]
+
+    def claim(self, key: str, value: Any) -> Any:
+        """Writes where nothing is yet, and gives what is there now: the first claim of all ranks stands."""
+        return json.loads(self.store.compare_set(key, "", json.dumps(value)))
+
+    def count(self, key: str, amount: int = 1) -> int:
+        """Adds to a counter and gives it; 0 only looks."""
+        return int(self.store.add(key, amount))
+
+    def wait(self, there: Callable[[], Any], seconds: float | None = None) -> Any:
+        """What `there` gives as soon as it is something; None after `seconds`.
+
+        Without a bound it is the health thread that ends a wait for a rank that is lost or hangs.
+        """
+        end, pause = time.monotonic() + (seconds or 0), _FASTEST
+        while not (value := there()):
+            if seconds is not None and time.monotonic() > end:
+                return None
+            time.sleep(pause)
+            pause = min(pause * 1.5, _SLOWEST)
+        return value
+
+
+def host_name() -> str:
+    """This machine's name, for messages."""
+    return socket.gethostname()
+
+
+def open_board(who: Launched, start_seconds: int) -> Board:
+    """The job's board, once every rank stands before it.
+
+    Raises LostProcessError that names the ranks that did not come within start_seconds, ConfigError where nothing says
+    where the ranks meet.
+    """
+    begin = time.monotonic()
+    try:
+        found = rendezvous("env://", who.rank, who.world_size, timeout=timedelta(seconds=start_seconds))
+        store, _, _ = next(found)
+    except ValueError as error:
+        raise ConfigError(
+            f"{who.world_size} processes were started and nothing says where they meet ({error}): export MASTER_ADDR "
+            "and MASTER_PORT in the batch script (the first node's name and a free port), or start with torchrun"
+        ) from None
+    except DistError as error:
+        raise LostProcessError(
+            f"rank {who.rank} ({host_name()}) found not all {who.world_size} processes within {start_seconds} seconds "
+            f"(health.start_seconds): {_first_line(error)}. See that every one was started, that MASTER_ADDR is the "
+            "first one's host and that MASTER_PORT is free there and open to the others"
+        ) from None
+    board = Board(PrefixStore("stagemix", store), who.rank, who.world_size)
+    board.post(f"here/{who.rank}", host_name())
+    if who.local_rank == 0:
+        board.count("nodes")
+    board.count("here")
+    left = max(1.0, start_seconds - (time.monotonic() - begin))
+    if not board.wait(lambda: board.count("here", 0) >= who.world_size, left):
+        missing = [rank for rank in range(who.world_size) if board.read(f"here/{rank}") is None]
+        raise LostProcessError(
+            f"{rank_words(missing)} of {who.world_size} did not come within {start_seconds} seconds "
+            "(health.start_seconds): see that every process was started, and the first messages of those"
+        )
+    return Board(board.store, board.rank, board.world_size, board.count("nodes", 0))
+
+
+def rank_words(ranks: list[int]) -> str:
+    """ "rank 3", "ranks 0-2, 7"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    words = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'s' if len(ranks) != 1 else ''} {words}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,130 @@
+"""What each rank of a layout holds between steps, to the byte, from the model's shape alone (engine torch).
+
+`benchmarks/layout_1024.py` and its test compare these numbers with the real tensors of every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.config.layout import Layout
+from megatron.config.model_shape import ModelShape
+from megatron.config.partition import partition_layers, stage_count, stage_numbers
+from megatron.config.schema import OptimizerSection, ParallelSection
+
+_STEP_BYTES = 4  # the optimizer's count of steps, float32, beside every tensor
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A parameter as one tensor rank holds it: its first dimension, which data ranks share out, and the others'
+    product. matrix: of a layer, which Muon takes."""
+
+    name: str
+    rows: int
+    width: int
+    matrix: bool
+
+    def elements(self, shards: int, shard: int) -> int:
+        """Held by one of `shards` data ranks: whole rows, as torch.chunk shares them out."""
+        each = -(-self.rows // shards)
+        return max(0, min(each, self.rows - shard * each)) * self.width
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes of one rank: master weights, their gradients as they are before the update, optimizer state."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def stage_tensors(shape: ModelShape, tensor: int, layers: range, first: bool, last: bool) -> Iterator[HeldTensor]:
+    """Every parameter of one pipeline stage on one tensor rank."""
+    hidden, words = shape.hidden_size, shape.padded_vocab_size // tensor
+    tied = shape.tie_word_embeddings
+    if first or (last and tied):
+        yield HeldTensor("embedding.weight", words, hidden, matrix=False)
+    for number in layers:
+        yield from _layer_tensors(shape, tensor, f"layers.{number}")
+    if last:
+        yield from _norm(shape, "final_norm")
+        if not tied:
+            yield HeldTensor("head.weight", words, hidden, matrix=False)
+
+
+def _layer_tensors(shape: ModelShape, tensor: int, name: str) -> Iterator[HeldTensor]:
+    hidden, inner = shape.hidden_size, shape.intermediate_size // tensor
+    query = shape.num_attention_heads * shape.head_dim // tensor
+    groups = shape.num_key_value_heads
+    # Where there are fewer key-value heads than ranks, every rank holds all of them.
+    key_value = shape.head_dim * (groups // tensor if groups >= tensor else groups)
+    yield from _norm(shape, f"{name}.attention_norm")
+    yield from _linear(f"{name}.attention.query", query, hidden, shape.attention_bias)
+    yield from _linear(f"{name}.attention.key", key_value, hidden, shape.attention_bias)
+    yield from _linear(f"{name}.attention.value", key_value, hidden, shape.attention_bias)
+    yield from _linear(f"{name}.attention.output", hidden, query, shape.attention_bias)
+    yield from _norm(shape, f"{name}.mlp_norm")
+    if shape.gated_mlp:
+        yield from _linear(f"{name}.mlp.gate", inner, hidden, shape.mlp_bias)
+    yield from _linear(f"{name}.mlp.up", inner, hidden, shape.mlp_bias)
+    yield from _linear(f"{name}.mlp.down", hidden, inner, shape.mlp_bias)
+
+
+def _linear(name: str, rows: int, width: int, bias: bool) -> Iterator[HeldTensor]:
+    yield HeldTensor(f"{name}.weight", rows, width, matrix=True)
+    if bias:
+        yield HeldTensor(f"{name}.bias", rows, 1, matrix=False)
+
+
+def _norm(shape: ModelShape, name: str) -> Iterator[HeldTensor]:
+    yield HeldTensor(f"{name}.weight", shape.hidden_size, 1, matrix=False)
+    if shape.norm == "layernorm":
+        yield HeldTensor(f"{name}.bias", shape.hidden_size, 1, matrix=False)
+
+
+def rank_tensors(shape: ModelShape, section: ParallelSection, pipeline_rank: int) -> list[list[HeldTensor]]:
+    """The parameters of a pipeline rank, by stage, as each of its tensor ranks holds them."""
+    count = stage_count(section)
+    partition = partition_layers(shape, count, shape.max_position_embeddings)
+    return [
+        list(stage_tensors(shape, section.tensor, partition[number], number == 0, number == count - 1))
+        for number in stage_numbers(section, pipeline_rank)
+    ]
+
+
+def rank_bytes(
+    shape: ModelShape,
+    section: ParallelSection,
+    layout: Layout,
+    optimizer: OptimizerSection,
+    precision: str,
+    pipeline_rank: int,
+    shard: int = 0,
+) -> RankBytes:
+    """Of one rank; shard: its place among the ranks that parameters are cut over, the first holding the most.
+
+    precision: masters are float64 for fp64, else float32. Weights gathered to compute with, and activations, come on
+    top.
+    """
+    tensors = [item for stage in rank_tensors(shape, section, pipeline_rank) for item in stage]
+    shards = layout.shard * layout.context if layout.shard > 1 else 1
+    wide = 8 if precision == "fp64" else 4
+    held = sum(item.elements(shards, shard) for item in tensors)
+    state = sum(_state_bytes(item, item.elements(shards, shard), optimizer, wide) for item in tensors)
+    return RankBytes(wide * held, wide * held, state)
+
+
+def _state_bytes(item: HeldTensor, elements: int, optimizer: OptimizerSection, wide: int) -> int:
+    if optimizer.name == "sgd":
+        return wide * elements if optimizer.momentum else 0
+    if optimizer.name == "muon" and item.matrix:
+        return wide * elements
+    return 2 * wide * elements + _STEP_BYTES

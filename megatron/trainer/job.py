@@ -1,0 +1,189 @@
+"""The processes of a run as one of them sees them: who writes, what rank 0 decides for all, and how all end together.
+
+`OneProcess` has nobody to ask and costs nothing; `Rank` is one of several. Build and session ask either the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from megatron.checkpoint.board import Board, LocalBoard
+from megatron.config.errors import StagemixError
+from megatron.config.layout import Layout
+from megatron.config.schema import HealthSection
+from megatron.metrics.meters import StepClock
+from megatron.parallel.health import Health
+from megatron.parallel.health_agreement import agree
+from megatron.parallel.health_board import open_board
+from megatron.parallel.mesh import Launched, Mesh, close_mesh, local_device, one_process_mesh, open_mesh
+from megatron.parallel.rank_board import RankBoard
+from megatron.trainer.over_ranks import AllRanks, OneRank, OverRanks
+
+T = TypeVar("T")
+
+
+class Job(Protocol):
+    """What build and session ask."""
+
+    @property
+    def who(self) -> Launched:
+        """This process's numbers."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's folder, and speaks."""
+
+    def share(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON value that rank 0 makes, on every rank."""
+
+    def in_turn(self, name: str, make: Callable[[], T]) -> T:
+        """What every rank makes for itself: rank 0 first, then one of each node, then the rest, so that what the
+        first ones leave on disk is made once."""
+
+    def agree(self, name: str, facts: Mapping[str, Any], kind: type[StagemixError]) -> None:
+        """Returns where the facts are the same on every rank; raises `kind` on a rank whose differ from rank 0's."""
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Notes progress, for the watchdog."""
+
+    def checkpoint_board(self) -> Board:
+        """Where ranks agree on checkpoints."""
+
+    def open_mesh(self, layout: Layout) -> Mesh:
+        """Joins the ranks."""
+
+    def over_ranks(self, mesh: Mesh) -> OverRanks:
+        """What is summed over ranks in each step."""
+
+    def clock(self) -> StepClock:
+        """The clock of the loop."""
+
+
+class OneProcess:
+    """A run of one process."""
+
+    who = Launched()
+    writes = True
+
+    def share(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value."""
+        return make()
+
+    def in_turn(self, name: str, make: Callable[[], T]) -> T:
+        """The thing."""
+        return make()
+
+    def agree(self, name: str, facts: Mapping[str, Any], kind: type[StagemixError]) -> None:
+        """One process agrees."""
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Nobody watches."""
+
+    def checkpoint_board(self) -> Board:
+        """One process's."""
+        return LocalBoard()
+
+    def open_mesh(self, layout: Layout) -> Mesh:
+        """The mesh of one process."""
+        return one_process_mesh(local_device(self.who.local_rank))
+
+    def over_ranks(self, mesh: Mesh) -> OverRanks:
+        """Nothing to sum."""
+        return OneRank()
+
+    def clock(self) -> StepClock:
+        """A plain clock."""
+        return StepClock()
+
+
+class Rank:
+    """One process of several. Made first of all; `close` or `fail` last."""
+
+    def __init__(self, who: Launched, section: HealthSection) -> None:
+        """Finds the others. Raises LostProcessError, ConfigError."""
+        self.who = who
+        self.writes = who.rank == 0
+        # Longer than the watchdog waits, which knows more than a collective that gives up.
+        self._limit_seconds = max(section.start_seconds, section.watchdog_seconds + 60)
+        self._board = open_board(who, section.start_seconds)
+        self.health = Health(self._board, section.watchdog_seconds)
+        self.health.begin()
+
+    def share(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON value that rank 0 makes."""
+        self.at(f"{name}: rank 0 decides")
+        if self.writes:
+            self._board.post(f"shared/{name}", [make()])
+        value = self._board.wait(lambda: self._board.read(f"shared/{name}"))[0]
+        self.at(f"{name}: decided")
+        return value
+
+    def in_turn(self, name: str, make: Callable[[], T]) -> T:
+        """What every rank makes: rank 0, then the first of each node, then the rest."""
+        board, done = self._board, f"turns/{name}"
+        before = 0 if self.who.rank == 0 else 1 if self.who.local_rank == 0 else board.nodes
+        self.at(f"{name}: waits for its turn")
+        board.wait(lambda: board.count(done, 0) >= before)
+        self.at(name)
+        made = make()
+        if self.who.rank == 0 or self.who.local_rank == 0:
+            board.count(done)
+        return made
+
+    def agree(self, name: str, facts: Mapping[str, Any], kind: type[StagemixError]) -> None:
+        """Compares with rank 0."""
+        self.at(f"{name}: compares")
+        agree(self._board, name, facts, kind)
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Notes progress."""
+        self.health.at(phase, step)
+
+    def checkpoint_board(self) -> Board:
+        """The ranks'."""
+        return RankBoard(self._board.store, self.who.rank, self.who.world_size, "checkpoint")
+
+    def open_mesh(self, layout: Layout) -> Mesh:
+        """Joins the ranks."""
+        self.at("joins the process groups")
+        return open_mesh(layout, self.who, self._limit_seconds)
+
+    def over_ranks(self, mesh: Mesh) -> OverRanks:
+        """Sums over the mesh."""
+        return AllRanks(mesh)
+
+    def clock(self) -> StepClock:
+        """A clock whose names are this rank's phases."""
+        return WatchedClock(self.at)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Ends this process, and the job, for an error."""
+        self.health.fail(error)
+
+    def close(self) -> None:
+        """Leaves in peace; rank 0, which may hold the board, last."""
+        self.at("leaves")
+        self._board.count("leaves")
+        self._board.wait(lambda: self._board.count("leaves", 0) >= self._board.world_size)
+        self.health.end()
+        close_mesh()
+        self._board.count("left")
+        if self.writes:
+            self._board.wait(lambda: self._board.count("left", 0) >= self._board.world_size, 30)
+
+
+class WatchedClock(StepClock):
+    """A clock that tells what the rank is doing: every name that time is spent on is a phase."""
+
+    def __init__(self, at: Callable[..., None]) -> None:
+        super().__init__()
+        self._at = at
+
+    @contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Tells the phase, and counts the time inside under its name."""
+        self._at(name)
+        with super().spending(name):
+            yield

@@ -1,0 +1,118 @@
+"""Layouts, optimizers and precisions that must all give the one-process curve. A layout is one line of LAYOUTS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.config.partition import stage_count
+from megatron.config.schema import OptimizerSection, ParallelSection
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer and a kind of model. lr: what the config's rate is multiplied by; tolerance: relative, in fp32."""
+
+    name: str
+    section: OptimizerSection
+    lr: float
+    tolerance: float
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
+BIASED: dict[str, Any] = {
+    "norm": "layernorm",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": False,
+    "hidden_dropout": 0.1,
+}
+CLIP = 2.5
+"""The bound of "sgd, clipped": some steps' norms are above it and some below, which a test checks."""
+
+VARIANTS = (
+    # without clipping, a gradient that is wrong by a factor shows in the curve
+    Variant("sgd", OptimizerSection(name="sgd", clip_grad_norm=0.0), 20.0, 1e-5, TIED),
+    Variant("sgd, clipped", OptimizerSection(name="sgd", momentum=0.5, clip_grad_norm=CLIP), 8.0, 1e-5, BIASED),
+    Variant("adamw", OptimizerSection(clip_grad_norm=1.0, weight_decay=0.1), 0.4, 1e-4, TIED),
+)
+VARIANT = {variant.name: variant for variant in VARIANTS}
+
+
+Key = tuple[str, str]
+"""Precision, and a variant's name."""
+
+
+def tolerance(key: Key) -> float:
+    """The greatest relative error that is still rounding (law T1)."""
+    return 1e-9 if key[0] == "fp64" else VARIANT[key[1]].tolerance
+
+
+@dataclass(frozen=True)
+class LayoutCase:
+    """So many processes under `[parallel]`."""
+
+    name: str
+    ranks: int
+    parallel: Mapping[str, Any]
+
+    @property
+    def section(self) -> ParallelSection:
+        return ParallelSection(**self.parallel)
+
+    @property
+    def layers(self) -> int:
+        """An odd number, so that no stages are alike; as few as will do, since every one of them takes time."""
+        return 5 if stage_count(self.section) > 2 else 3
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """What is run. DeepSpeed has no float64, and its offload is for AdamW."""
+        wide = self.parallel.get("engine") != "deepspeed"
+        names = [name for name in VARIANT if name == "adamw" or not self.parallel.get("offload")]
+        # what clipping does is the same in both precisions
+        narrow = [name for name in names if name != "sgd, clipped" or not wide]
+        return (*(("fp64", name) for name in names if wide), *(("fp32", name) for name in narrow))
+
+
+def _torch(name: str, ranks: int, **parallel: Any) -> LayoutCase:
+    return LayoutCase(name, ranks, parallel)
+
+
+def _deepspeed(name: str, ranks: int, **parallel: Any) -> LayoutCase:
+    return LayoutCase(name, ranks, {"engine": "deepspeed"} | parallel)
+
+
+LAYOUTS = (
+    _torch("tp2", 2, tensor=2),
+    _torch("tp4", 4, tensor=4),
+    _torch("tp2+sp", 2, tensor=2, sequence=True),
+    _torch("pp2", 2, pipeline=2),
+    _torch("pp4", 4, pipeline=4),
+    _torch("pp2 x full shard 2", 4, pipeline=2, data_shard="full"),
+    _torch("interleaved pp2x2", 2, pipeline=2, schedule="interleaved", virtual=2),
+    _torch("zero-bubble pp2", 2, pipeline=2, schedule="zero-bubble"),
+    _torch("zbv pp2", 2, pipeline=2, schedule="zbv"),
+    _torch("dp2", 2),
+    _torch("optimizer shard 2", 2, data_shard="optimizer"),
+    _torch("full shard 2", 2, data_shard="full"),
+    _torch("hybrid shard 2x2", 4, data_shard="full", data_replicate=2),
+    _torch("cp2 all-to-all", 2, context=2, context_method="all-to-all"),
+    _torch("cp2 gather", 2, context=2, context_method="gather"),
+    _torch("tp2 x pp2", 4, tensor=2, pipeline=2),
+    _torch("tp2 x dp2", 4, tensor=2),
+    _torch("pp2 x dp2", 4, pipeline=2),
+    _torch("tp2+sp x pp2 x dp2", 8, tensor=2, sequence=True, pipeline=2),
+    _deepspeed("deepspeed ZeRO-0 dp2", 2),
+    _deepspeed("deepspeed ZeRO-1 dp2", 2, data_shard="optimizer"),
+    _deepspeed("deepspeed ZeRO-2 dp2", 2, data_shard="gradients"),
+    _deepspeed("deepspeed ZeRO-3 dp2", 2, data_shard="full"),
+    _deepspeed("deepspeed tp2 x ZeRO-1 dp2", 4, tensor=2, data_shard="optimizer"),
+    _deepspeed("deepspeed pp2 x ZeRO-1 dp2", 4, pipeline=2, data_shard="optimizer"),
+    _deepspeed("deepspeed ZeRO-2 dp2 offload", 2, data_shard="gradients", offload="optimizer"),
+)
+BY_NAME = {case.name: case for case in LAYOUTS}
+
+ONE_PROCESS = LayoutCase("one process", 1, {})
