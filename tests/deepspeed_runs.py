@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,9 +69,11 @@ def engine_on(
     precision: str = "fp32",
     shape: ModelShape = SHAPE,
 ) -> Engine:
-    """An engine with the weights that every test begins with."""
-    resolve_layout(parallel, mesh.world_size)
-    return build_engine(shape, optimizer, parallel, TRAIN, 5, precision, mesh)
+    """An engine with the weights that every test begins with. One group of ranks serves ZeRO at every stage, which
+    differ only in what of the data axis is called a replica."""
+    fitting = replace(mesh, layout=resolve_layout(parallel, mesh.world_size))
+    assert fitting.layout.data == mesh.layout.data and fitting.layout.tensor == mesh.layout.tensor
+    return build_engine(shape, optimizer, parallel, TRAIN, 5, precision, fitting)
 
 
 def rate(step: int) -> float:

@@ -83,12 +83,6 @@ class NonFiniteError(StagemixError):
     exit_code = EXIT_NON_FINITE
 
 
-class WatchdogError(StagemixError):
-    """Nothing moved for health.watchdog_seconds."""
-
-    exit_code = EXIT_WATCHDOG
-
-
 class LostProcessError(StagemixError):
     """Another process of the job ended without a word, or never came."""
 

@@ -24,9 +24,7 @@ Refusals = Iterator[StagemixError]
 
 _LACKS: dict[str, frozenset[str]] = {
     "torch": frozenset({"offload", "deepspeed_config"}),
-    "deepspeed": frozenset(
-        {"fp64", "context", "data_replicate", "gradients in a pipeline", "split backward", "muon", "apex"}
-    ),
+    "deepspeed": frozenset({"fp64", "data_replicate", "gradients in a pipeline", "split backward", "muon", "apex"}),
 }
 """By engine, what it cannot do and another can."""
 
@@ -208,11 +206,6 @@ def _pairs(section: ParallelSection, layout: Layout) -> Refusals:
             f"parallel.schedule = {schedule} with parallel.data_shard = full loses gradients: weights are dropped "
             "before the pass that computes their gradients; set parallel.data_shard to none, optimizer or gradients, "
             "or parallel.schedule to 1f1b or interleaved"
-        )
-    if layout.context > 1 and "context" in lacks:
-        yield UnavailableError(
-            f"parallel.context {layout.context} with parallel.engine = deepspeed is not supported: set "
-            "parallel.context = 1, or parallel.engine = torch"
         )
     if section.data_replicate > 1 and "data_replicate" in lacks:
         yield UnavailableError(

@@ -109,8 +109,8 @@ TESTED: tuple[Combination, ...] = (
         data=("optimizer", "full"),
         replicated=True,
     ),
-    *_every("deepspeed", data=("", "none", *_SHARDS)),
-    *_every("deepspeed", tensor=("tensor",), data=("", "none", "optimizer")),
-    *_every("deepspeed", schedule=_SCHEDULES, data=("", "none", "optimizer")),
+    *_every("deepspeed", tensor=_TENSOR, data=("", "none", *_SHARDS)),
+    *_every("deepspeed", tensor=_TENSOR, schedule=_SCHEDULES, data=("", "none", "optimizer")),
+    *_every("deepspeed", tensor=("", "tensor with sequence"), data=("none", *_SHARDS), context=True),
     *_every("deepspeed", data=_SHARDS, offload=True),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.layout import resolve_layout
@@ -15,12 +14,11 @@ from megatron.config.schema import OptimizerSection, ParallelSection, TrainSecti
 from megatron.engines.base import Engine
 from megatron.engines.host_memory import keep_freed_memory
 from megatron.engines.master_weights import MasterWeights
-from megatron.engines.model_parts import InitialWeights, ModelParts, build_parts
+from megatron.engines.model_parts import InitialWeights, ModelParts, build_parts, whole_parameters
 from megatron.engines.precision import COMPUTE_DTYPES
 from megatron.engines.sharded_weights import ShardedWeights
 from megatron.engines.torch_engine import TorchEngine, Weights
 from megatron.models.attention import AttentionBackend
-from megatron.models.decoder import Decoder
 from megatron.models.recompute import apply_recompute
 from megatron.optim.build import describe_optimizer
 from megatron.parallel.mesh import Mesh, one_process_mesh
@@ -99,12 +97,6 @@ def _torch_engine(
             mesh.device,
         )
     return TorchEngine(weights, optimizer, mesh, whole_parameters(shape), description, pipeline)
-
-
-def whole_parameters(shape: ModelShape) -> dict[str, Tensor]:
-    """Every parameter of the whole model by name, without memory."""
-    with torch.device("meta"):
-        return {name: parameter.detach() for name, parameter in Decoder(shape).named_parameters()}
 
 
 def attention_backend(device: torch.device) -> AttentionBackend:

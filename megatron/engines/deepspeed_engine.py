@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
-from megatron.config.errors import CheckpointError, UnavailableError
+from megatron.config.errors import UnavailableError
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 from megatron.engines.base import MicrobatchLike, StepResult
 from megatron.engines.deepspeed_config import ZERO_STAGES, deepspeed_config, refuse_what_deepspeed_cannot
@@ -34,10 +34,10 @@ from megatron.engines.deepspeed_pieces import LocalParameter, Piece, parameters_
 from megatron.engines.deepspeed_ranks import DeepSpeedRanks
 from megatron.engines.deepspeed_state import DeepSpeedState
 from megatron.engines.master_weights import MasterWeights
-from megatron.engines.model_parts import ModelParts
+from megatron.engines.mesh_engine import MeshEngine
+from megatron.engines.model_parts import ModelParts, whole_parameters
 from megatron.engines.precision import COMPUTE_DTYPES
-from megatron.engines.row_losses import RowLosses, gather_rows, valid_targets
-from megatron.models.decoder import Decoder
+from megatron.engines.row_losses import gather_rows, valid_targets
 from megatron.models.recompute import apply_recompute
 from megatron.optim.build import build_optimizer
 from megatron.optim.groups import parameter_groups
@@ -72,7 +72,7 @@ def _pipeline(
     return Pipeline(modules, parts.numbers, parts.owners, mesh.pipeline, parallel.schedule, travelling, mesh.device)
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(MeshEngine):
     """Implements `Engine`."""
 
     def __init__(
@@ -85,9 +85,8 @@ class DeepSpeedEngine:
         description: Mapping[str, str],
         train: TrainSection | None,
     ) -> None:
-        with torch.device("meta"):
-            self._whole = {name: p.detach() for name, p in Decoder(parts.modules[0].shape).named_parameters()}
-        self._mesh, self._section = mesh, optimizer
+        super().__init__(mesh, whole_parameters(parts.modules[0].shape), description)
+        self._section = optimizer
         self._stage = ZERO_STAGES[parallel.data_shard]
         self._parameters = [part for module in parts.modules for part in parameters_of(module)]
         held = sum(part.parameter.numel() for part in self._parameters)
@@ -116,7 +115,7 @@ class DeepSpeedEngine:
         self._pipeline = _pipeline(parts, computing, mesh, parallel, dtype) if parallel.pipeline > 1 else None
         pieces = [self._piece(part) for part in self._parameters]
         self._state = DeepSpeedState(self._engine, self._stage, optimizer, pieces, self._whole, self._refresh_copies)
-        self._description = {**description, "engine": f"deepspeed {deepspeed.__version__}, ZeRO-{self._stage}"}
+        self._description = {**self._description, "engine": f"deepspeed {deepspeed.__version__}, ZeRO-{self._stage}"}
         if parallel.offload == "optimizer":
             self._description["optimizer"] = "AdamW, DeepSpeedCPUAdam on the host"
 
@@ -226,10 +225,6 @@ class DeepSpeedEngine:
             sample_numbers=rows.sample_numbers,
         )
 
-    def _place(self, m: MicrobatchLike) -> Rows:
-        tensors = (m.tokens, m.targets, m.document_ids, m.sample_numbers)
-        return Rows(*(tensor.to(self._mesh.device, non_blocking=True) for tensor in tensors))
-
     def _update(self) -> float:
         """DeepSpeed's update, or its dropping of the step; the norm before clipping, infinite where dropped."""
         self._engine.step()
@@ -259,12 +254,6 @@ class DeepSpeedEngine:
         for master in self._masters:
             master.drop_gradients()
         return grad_norm
-
-    def _gather(self, microbatches: Sequence[MicrobatchLike], losses: Tensor | None) -> RowLosses:
-        rows = sum(m.targets.shape[0] for m in microbatches)
-        targets, sources = [m.targets for m in microbatches], [m.source_ids for m in microbatches]
-        data = self._mesh.data
-        return gather_rows(self._mesh, rows * data.size, rows * data.rank, targets, sources, losses)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
@@ -309,29 +298,6 @@ class DeepSpeedEngine:
     def reset_optimizer(self) -> None:
         """Zeroes moments and steps."""
         self._state.reset_optimizer()
-
-    def rng_state(self) -> dict[str, Tensor]:
-        """torch's generators: "cpu", and "cuda" where the model is there."""
-        state = {"cpu": torch.get_rng_state()}
-        if self._mesh.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self._mesh.device)
-        return state
-
-    def load_rng_state(self, state: Mapping[str, Tensor]) -> None:
-        """Sets torch's generators."""
-        if "cpu" not in state:
-            raise CheckpointError("random state lacks cpu")
-        torch.set_rng_state(state["cpu"])
-        if self._mesh.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self._mesh.device)
-
-    def parameter_count(self) -> int:
-        """Parameters of the whole model, a tied head counted once."""
-        return sum(parameter.numel() for parameter in self._whole.values())
-
-    def describe(self) -> dict[str, str]:
-        """What runs."""
-        return dict(self._description)
 
 
 def _deepspeed() -> Any:

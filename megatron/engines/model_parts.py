@@ -56,12 +56,18 @@ def build_parts(
     return ModelParts(tuple(modules), tuple(numbers), tuple(owners))
 
 
+def whole_parameters(shape: ModelShape) -> dict[str, Tensor]:
+    """Every parameter of the whole model by name, without memory."""
+    with torch.device("meta"):
+        return {name: parameter.detach() for name, parameter in Decoder(shape).named_parameters()}
+
+
 class InitialWeights:
     """The weights of step 0 as a TensorSource: whole tensors, drawn by name, the same for every layout."""
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         with torch.device("meta"):
-            self._model = Decoder(shape)
+            self._model = Decoder(shape)  # says what each name means
         self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         self._seed = seed
 

@@ -14,6 +14,7 @@ from megatron.config.errors import CheckpointError
 from megatron.config.schema import OptimizerSection
 from megatron.engines.base import MicrobatchLike, StepResult
 from megatron.engines.held import Held, check_names, fill, finish_gradients, squared_norm
+from megatron.engines.mesh_engine import MeshEngine
 from megatron.engines.row_losses import RowLosses, gather_rows, valid_targets
 from megatron.optim.build import build_optimizer, check_state_names, flatten_state, load_state
 from megatron.parallel.axis import ALONE, Axis
@@ -40,7 +41,7 @@ class Weights(Protocol):
         """Forgets all gradients."""
 
 
-class TorchEngine:
+class TorchEngine(MeshEngine):
     """Implements `Engine`."""
 
     def __init__(
@@ -53,11 +54,9 @@ class TorchEngine:
         pipeline: Pipeline | None = None,
     ) -> None:
         """whole: every parameter of the whole model by name, without memory."""
+        super().__init__(mesh, whole, description)
         self._weights = weights
         self._section = optimizer
-        self._mesh = mesh
-        self._whole = dict(whole)
-        self._description = dict(description)
         self._pipeline = pipeline
         # The two ends of a pipeline have a weight in common only where the head is tied and they are apart.
         apart = pipeline is not None and not pipeline.holds_both_ends
@@ -180,38 +179,6 @@ class TorchEngine:
     def reset_optimizer(self) -> None:
         """Forgets moments and steps."""
         self._optimizer.state.clear()
-
-    def rng_state(self) -> dict[str, Tensor]:
-        """torch's generators: "cpu", and "cuda" where the model is there."""
-        state = {"cpu": torch.get_rng_state()}
-        if self._mesh.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self._mesh.device)
-        return state
-
-    def load_rng_state(self, state: Mapping[str, Tensor]) -> None:
-        """Sets torch's generators."""
-        if "cpu" not in state:
-            raise CheckpointError("random state lacks cpu")
-        torch.set_rng_state(state["cpu"])
-        if self._mesh.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self._mesh.device)
-
-    def parameter_count(self) -> int:
-        """Parameters of the whole model, a tied head counted once."""
-        return sum(parameter.numel() for parameter in self._whole.values())
-
-    def describe(self) -> dict[str, str]:
-        """What runs."""
-        return dict(self._description)
-
-    def _place(self, m: MicrobatchLike) -> Rows:
-        tensors = (m.tokens, m.targets, m.document_ids, m.sample_numbers)
-        return Rows(*(tensor.to(self._mesh.device, non_blocking=True) for tensor in tensors))
-
-    def _gather(self, microbatches: Sequence[MicrobatchLike], losses: Tensor | None) -> RowLosses:
-        data, mine = self._mesh.data, sum(m.targets.shape[0] for m in microbatches)
-        targets, sources = [m.targets for m in microbatches], [m.source_ids for m in microbatches]
-        return gather_rows(self._mesh, mine * data.size, mine * data.rank, targets, sources, losses)
 
     def _gradients(self) -> dict[str, Tensor]:
         """Local gradients by key. One that is missing is a fault of the program: a schedule has lost it."""

@@ -26,6 +26,7 @@ DOCUMENTED = {
     errors.NonFiniteError: 8,
     errors.StorageError: 74,
     errors.StopRequested: 75,
+    errors.LostProcessError: 10,
 }
 
 

@@ -273,12 +273,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], type[StagemixError], list
         ConfigError,
         ["parallel.schedule = zbv", "DeepSpeed's hooks"],
     ),
-    "context on DeepSpeed": (
-        DEEPSPEED | {"context": 2},
-        {},
-        UnavailableError,
-        ["parallel.context 2 with parallel.engine = deepspeed"],
-    ),
     "replicas on DeepSpeed": (
         DEEPSPEED | {"data_replicate": 2, "data_shard": "full"},
         {"processes": 4},
@@ -340,10 +334,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], type[StagemixError], list
         ["parallel.offload = optimizer runs AdamW on the host, and optimizer.name is sgd"],
     ),
     "never compared": (
-        DEEPSPEED | PP4 | {"tensor": 2, "data_shard": "optimizer"},
+        DEEPSPEED | PP4 | {"context": 2, "data_shard": "optimizer"},
         {"processes": 16},
         UnavailableError,
-        ["the layout tensor x pipeline (1f1b) x data_shard optimizer on deepspeed was never compared with one process"],
+        ["context x pipeline (1f1b) x data_shard optimizer on deepspeed was never compared with one process"],
     ),
 }
 

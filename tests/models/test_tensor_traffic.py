@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron.config.layout import Layout
 from megatron.kernels import cross_entropy
+from megatron.kernels.collectives import ALL_GATHER, REDUCE_SCATTER
 from megatron.parallel.mesh import close_mesh, launched, open_mesh
 
 Traffic = Counter[tuple[str, int]]
@@ -43,7 +44,7 @@ def record(sent: Traffic) -> None:
     def refused(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a collective that is not counted")
 
-    for name, whole in (("all_reduce", 0), ("all_gather_into_tensor", 0), ("reduce_scatter_tensor", 1)):
+    for name, whole in (("all_reduce", 0), (ALL_GATHER, 0), (REDUCE_SCATTER, 1)):
         counted(name, whole)
     for name in ("all_gather", "reduce_scatter", "broadcast", "all_to_all_single", "all_to_all", "send", "recv"):
         setattr(dist, name, refused)
@@ -73,17 +74,17 @@ def expected(case: Case, tensor: int) -> tuple[Traffic, Traffic]:
     training: Traffic = Counter()
     if case.sequence:
         gathered_again = 0 if case.split_backward else 2 * layers
-        training["all_gather_into_tensor", stream] = 4 * layers + gathered_again + 2
-        training["reduce_scatter_tensor", stream] = 4 * layers + 2
-        evaluation: Traffic = Counter({("all_gather_into_tensor", stream): 2 * layers + 1})
-        evaluation["reduce_scatter_tensor", stream] = 2 * layers + 1
+        training[ALL_GATHER, stream] = 4 * layers + gathered_again + 2
+        training[REDUCE_SCATTER, stream] = 4 * layers + 2
+        evaluation: Traffic = Counter({(ALL_GATHER, stream): 2 * layers + 1})
+        evaluation[REDUCE_SCATTER, stream] = 2 * layers + 1
     else:
         training["all_reduce", stream] = 4 * layers + 2
         evaluation = Counter({("all_reduce", stream): 2 * layers + 1})
     chunks: Traffic = Counter()
     for start in range(0, rows, CHUNK_ROWS):
-        chunks["all_gather_into_tensor", min(CHUNK_ROWS, rows - start) * tensor * 3 * 8] += 1
-    whole = Counter({("all_gather_into_tensor", rows * tensor * 3 * 8): 1})
+        chunks[ALL_GATHER, min(CHUNK_ROWS, rows - start) * tensor * 3 * 8] += 1
+    whole = Counter({(ALL_GATHER, rows * tensor * 3 * 8): 1})
     return training + (whole if case.split_backward else chunks), evaluation + chunks
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.kernels.attention import attention_sdpa, piece_starts, plan_for_sdpa
+from megatron.kernels.collectives import ALL_GATHER
 from megatron.parallel.axis import ALONE, Axis
 from megatron.parallel.context_attention import (
     ContextPlan,
@@ -121,7 +122,7 @@ def exchanged_bytes(method: str) -> int:
     own = [x[:, :, here].requires_grad_() for x in inputs]
     plan = plan_context(piece_starts(ids), torch.float64, mesh.context, method, "blockwise")
     total = 0
-    plain = dist.all_to_all_single, dist.all_gather_into_tensor
+    plain = dist.all_to_all_single, getattr(dist, ALL_GATHER)
 
     def count(collective: object, out: Tensor, x: Tensor, **rest: object) -> None:
         nonlocal total
@@ -129,7 +130,7 @@ def exchanged_bytes(method: str) -> int:
         collective(out, x, **rest)  # type: ignore[operator]
 
     dist.all_to_all_single = functools.partial(count, plain[0])
-    dist.all_gather_into_tensor = functools.partial(count, plain[1])
+    setattr(dist, ALL_GATHER, functools.partial(count, plain[1]))
     out = context_attention(*own, plan, mesh.context, method, "blockwise")
     torch.autograd.grad(out, own, upstream[:, here])
     close_mesh()

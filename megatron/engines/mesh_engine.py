@@ -1,0 +1,56 @@
+"""What both engines do alike: microbatches onto the device, rows gathered from all ranks, random states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.config.errors import CheckpointError
+from megatron.engines.base import MicrobatchLike
+from megatron.engines.row_losses import RowLosses, gather_rows
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.pipeline import Rows
+
+
+class MeshEngine:
+    """An engine's place among the ranks. whole: every parameter of the whole model by name, without memory."""
+
+    def __init__(self, mesh: Mesh, whole: Mapping[str, Tensor], description: Mapping[str, str]) -> None:
+        self._mesh = mesh
+        self._whole = dict(whole)
+        self._description = dict(description)
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """torch's generators: "cpu", and "cuda" where the model is there."""
+        state = {"cpu": torch.get_rng_state()}
+        if self._mesh.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._mesh.device)
+        return state
+
+    def load_rng_state(self, state: Mapping[str, Tensor]) -> None:
+        """Sets torch's generators."""
+        if "cpu" not in state:
+            raise CheckpointError("random state lacks cpu")
+        torch.set_rng_state(state["cpu"])
+        if self._mesh.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self._mesh.device)
+
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self._whole.values())
+
+    def describe(self) -> dict[str, str]:
+        """What runs."""
+        return dict(self._description)
+
+    def _place(self, m: MicrobatchLike) -> Rows:
+        tensors = (m.tokens, m.targets, m.document_ids, m.sample_numbers)
+        return Rows(*(tensor.to(self._mesh.device, non_blocking=True) for tensor in tensors))
+
+    def _gather(self, microbatches: Sequence[MicrobatchLike], losses: Tensor | None) -> RowLosses:
+        """The table of a training batch, of which every data rank has an equal part."""
+        data, mine = self._mesh.data, sum(m.targets.shape[0] for m in microbatches)
+        targets, sources = [m.targets for m in microbatches], [m.source_ids for m in microbatches]
+        return gather_rows(self._mesh, mine * data.size, mine * data.rank, targets, sources, losses)
