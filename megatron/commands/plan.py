@@ -124,7 +124,7 @@ def _plan_layout(
     except ConfigError as error:
         text = f"train will refuse the model: {error}"
         return None, [{"gravity": "high", "kind": "train-refuses", "exit_code": error.exit_code, "text": text}]
-    batches = batches_of(run.schedule)
+    batches = batches_of(run.schedule, config.model.seq_length if config.validation.fraction else None)
     return plan_layout(section, shape, config.train, config.optimizer, batches, processes, vocabulary is not None), []
 
 
@@ -357,7 +357,9 @@ def _show_layout(layout: dict[str, Any] | None, console: Console) -> None:
         return
     console.print(f"Layout over {layout['processes']} processes: {layout['words']}", style="bold", soft_wrap=True)
     if "ranks" in layout:
-        table = new_table("", "pipeline rank", "layers", "parameters", "weights", "gradients", "optimizer", "in all")
+        table = new_table(
+            "", "pipeline rank", "layers", "parameters", "weights", "gradients", "optimizer", "held", "in a step"
+        )
         for row in layout["ranks"]:
             held = [stage for stage in layout["stages"] if stage["stage"] in row["stages"]]
             parts = row.get("bytes", {})
@@ -365,10 +367,12 @@ def _show_layout(layout: dict[str, Any] | None, console: Console) -> None:
                 str(row["pipeline_rank"]),
                 ", ".join(f"{first}-{end - 1}" for first, end in (stage["layers"] for stage in held)),
                 format_count(sum(stage["parameters"] for stage in held)),
-                *(_bytes(parts.get(key)) for key in ("parameters", "gradients", "optimizer", "total")),
+                *(_bytes(parts.get(key)) for key in ("parameters", "gradients", "optimizer", "total", "step_total")),
             )
         console.print(table)
-        console.print("  bytes of one rank, without activations and weights gathered to compute with")
+        console.print(
+            "  bytes of one rank; in a step: with gathered weights and gradients not yet reduced, without activations"
+        )
     for row in layout["batches"]:
         shape = f"batch {row['global_batch_size']} x {row['seq_length']}"
         bubble = f", bubble {row['bubble']:.1%} of the step" if layout["axes"]["pipeline"] > 1 else ""

@@ -95,6 +95,16 @@ def notes_of_layout(
             "parallel.data_shard = gradients saves no more than optimizer under a pipeline: gradients are reduced "
             "once, at the step's end"
         )
+    if section.data_shard == "full" and section.engine == "torch" and layout.pipeline > 1:
+        notes.append(
+            "parallel.data_shard = full under a pipeline: torch keeps a stage's gathered weights and whole gradients "
+            "until its last microbatch; only masters and optimizer state stay in shards through the step"
+        )
+    if section.data_shard == "full" and section.engine == "deepspeed":
+        notes.append(
+            "ZeRO-3 is given the whole model of a tensor rank in float32 at the start, and cuts it then: each "
+            f"device needs {4 * shape.parameter_count() // layout.tensor / 1e9:.1f} GB for that moment"
+        )
     if section.data_shard != "none" and layout.shard == 1:
         notes.append(f"parallel.data_shard = {section.data_shard} cuts nothing: there is one data rank")
     if layout.tensor > local_world_size:

@@ -37,11 +37,11 @@ from megatron.engines.master_weights import MasterWeights
 from megatron.engines.mesh_engine import MeshEngine
 from megatron.engines.model_parts import ModelParts, whole_parameters
 from megatron.engines.precision import COMPUTE_DTYPES
-from megatron.engines.row_losses import gather_rows, valid_targets
+from megatron.engines.row_losses import valid_targets
 from megatron.models.recompute import apply_recompute
 from megatron.optim.build import build_optimizer
 from megatron.optim.groups import parameter_groups
-from megatron.parallel.mesh import Mesh, state_local_rank, sum_over
+from megatron.parallel.mesh import Mesh, state_local_rank, sum_over, sum_over_ends
 from megatron.parallel.pipeline import Pipeline, Rows, StageShape
 
 
@@ -110,8 +110,10 @@ class DeepSpeedEngine(MeshEngine):
                 model=whole, optimizer=built, config=config, mpu=self._ranks, dist_init_required=False
             )
         self._inner = self._engine.basic_optimizer
-        self._computing = computing
+        self._modules = computing
         self._model: Callable[..., Any] = computing[0] if self._masters else self._engine
+        for master in self._masters if parallel.pipeline > 1 else []:
+            master.collect_at_once()
         self._pipeline = _pipeline(parts, computing, mesh, parallel, dtype) if parallel.pipeline > 1 else None
         pieces = [self._piece(part) for part in self._parameters]
         self._state = DeepSpeedState(self._engine, self._stage, optimizer, pieces, self._whole, self._refresh_copies)
@@ -210,7 +212,7 @@ class DeepSpeedEngine(MeshEngine):
         for part in self._parameters:
             gradient = part.gradient()
             if part.name == "embedding.weight" and part.tied:
-                sum_over(gradient, self._mesh.ends)
+                sum_over_ends(gradient, self._mesh.pipeline)
             if not math.isfinite(loss):
                 gradient.fill_(torch.nan)
         if self._stage:
@@ -255,29 +257,14 @@ class DeepSpeedEngine(MeshEngine):
             master.drop_gradients()
         return grad_norm
 
-    @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
-        """Source id -> (sum of losses, valid targets). ZeRO 3 gathers weights together, so all ranks run as often."""
-        data = self._mesh.data
-        share = -(-len(microbatches) // data.size)
-        mine = list(microbatches[share * data.rank : share * (data.rank + 1)])
-        first = sum(m.targets.shape[0] for m in microbatches[: share * data.rank])
-        run = (lambda rows: self._run(rows, 1.0)[1]) if self._pipeline is None else self._pipeline.evaluate
-        for module in self._computing:
-            module.eval()
-        losses = [run(self._place(m)) for m in (*mine, *[microbatches[0]] * (share - len(mine)))]
-        for module in self._computing:
-            module.train()
-        found = [part for part in losses[: len(mine)] if part is not None]
-        none = torch.zeros(0, dtype=torch.int64, device=self._mesh.device)
-        return gather_rows(
-            self._mesh,
-            sum(m.targets.shape[0] for m in microbatches),
-            first,
-            [m.targets for m in mine] or [none.view(0, 1)],
-            [m.source_ids for m in mine] or [none],
-            torch.cat(found) if found else None,
-        ).by_source()
+    def _look(self, rows: Rows) -> Tensor | None:
+        return self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
+
+    def _computing(self) -> Sequence[nn.Module]:
+        return self._modules
+
+    def _looked(self) -> None:
+        """Nothing to put back."""
 
     def model_state(self) -> TensorShards:
         """Float32 masters, each rank's runs as boxes."""

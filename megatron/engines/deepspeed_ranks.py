@@ -79,4 +79,5 @@ def _model_axis(mesh: Mesh) -> Axis:
     mine = replace(mesh.place, pipeline=0, tensor=0)
     ranks = range(mesh.world_size)
     model = [rank for rank in ranks if replace(mesh.layout.place_of(rank), pipeline=0, tensor=0) == mine]
-    return Axis(model.index(mesh.rank), len(model), dist.new_group(model, use_local_synchronization=True))
+    group = dist.new_group(model, timeout=mesh.limit, use_local_synchronization=True)
+    return Axis(model.index(mesh.rank), len(model), group)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.checkpoint.tensor_shards import TensorShard, TensorSource
 from megatron.config.errors import CheckpointError
 from megatron.parallel.axis import Axis
-from megatron.parallel.mesh import Mesh, sum_over
+from megatron.parallel.mesh import Mesh, sum_over, sum_over_ends
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def check_names(wanted: Iterable[str], source: TensorSource) -> None:
         raise CheckpointError(f"weights have unknown {', '.join(unknown)}: another model wrote them")
 
 
-def finish_gradients(held: Iterable[Held], mesh: Mesh, ends: Axis) -> None:
+def finish_gradients(held: Iterable[Held], mesh: Mesh, tied_apart: bool) -> None:
     """What backward passes leave open: sums over the tensor ranks of partial gradients, and of tied weights.
 
-    ends: the first and the last pipeline rank, which both hold a tied embedding; alone where one rank has it all.
+    tied_apart: the first and the last pipeline rank both hold a tied embedding.
     """
     held = list(held)
     _sum_flat([item.gradient() for item in held if item.partial], mesh.tensor)
@@ -89,8 +89,10 @@ def finish_gradients(held: Iterable[Held], mesh: Mesh, ends: Axis) -> None:
             assert mine is not None and other is not None
             other.add_(mine)
             mine.copy_(other)
-    if not ends.alone:
-        _sum_flat([item.gradient() for item in held if item.name == "embedding.weight"], ends)
+    for item in held:
+        gradient = item.gradient()
+        if tied_apart and item.name == "embedding.weight" and gradient is not None and gradient.numel():
+            sum_over_ends(gradient, mesh.pipeline)
 
 
 def _sum_flat(gradients: list[Tensor | None], axis: Axis) -> None:

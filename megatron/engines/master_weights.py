@@ -1,7 +1,7 @@
 """Master weights of one process in float32 (or 64) and, for bfloat16, the copy that computes.
 
 The copy is cast once a step, not once a use; its gradients are added to the masters' in float32 after each microbatch.
-Norms are not copied: both models hold the same parameters, in the master's dtype.
+All of it is narrow, norms too, as FSDP2's copies are on many ranks: the layout changes nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from megatron.engines.held import Held
 from megatron.models.decoder import Decoder
-from megatron.models.layers import Norm
 
 
 class MasterWeights:
@@ -35,9 +34,6 @@ class MasterWeights:
         for prefix, module in copy.named_modules():
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
                 wide = self._parameters[f"{prefix}.{name}"]
-                if isinstance(module, Norm):
-                    setattr(module, name, wide)
-                    continue
                 narrow = nn.Parameter(wide.detach().to(dtype))
                 setattr(module, name, narrow)
                 self._wide.append(wide)
@@ -51,13 +47,13 @@ class MasterWeights:
     def collect(self) -> None:
         """Adds the copy's gradients to the masters' and drops them, after each backward pass."""
         for wide, narrow in zip(self._wide, self._narrow, strict=True):
-            if narrow.grad is None:
-                continue
-            if wide.grad is None:
-                wide.grad = narrow.grad.to(wide.dtype)
-            else:
-                wide.grad.add_(narrow.grad)
-            narrow.grad = None
+            if narrow.grad is not None:
+                _add(narrow, wide)
+
+    def collect_at_once(self) -> None:
+        """From now on each gradient is added as soon as it is there: a pipeline runs many microbatches in one call."""
+        for wide, narrow in zip(self._wide, self._narrow, strict=True):
+            narrow.register_post_accumulate_grad_hook(lambda part, wide=wide: _add(part, wide))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -69,6 +65,15 @@ class MasterWeights:
         """Forgets all gradients."""
         for parameter in (*self._parameters.values(), *self._narrow):
             parameter.grad = None
+
+
+def _add(narrow: nn.Parameter, wide: nn.Parameter) -> None:
+    assert narrow.grad is not None
+    if wide.grad is None:
+        wide.grad = narrow.grad.to(wide.dtype)
+    else:
+        wide.grad.add_(narrow.grad)
+    narrow.grad = None
 
 
 def _hold(name: str, parameter: nn.Parameter) -> Held:

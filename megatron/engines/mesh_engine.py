@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.config.errors import CheckpointError
 from megatron.engines.base import MicrobatchLike
@@ -21,6 +21,41 @@ class MeshEngine:
         self._mesh = mesh
         self._whole = dict(whole)
         self._description = dict(description)
+
+    def _look(self, rows: Rows) -> Tensor | None:
+        """Each row's sum of losses without training, float64 [n]; None where the head is on another rank."""
+        raise NotImplementedError
+
+    def _computing(self) -> Sequence[nn.Module]:
+        """The modules that run."""
+        raise NotImplementedError
+
+    def _looked(self) -> None:
+        """Called after weights were only looked at."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
+        """Source id -> (sum of losses in nats, valid targets). Data ranks take equal runs of the microbatches; since
+        sharded weights are gathered by all of them together, one whose run is short runs the first again."""
+        if not microbatches:
+            return {}
+        data, sizes = self._mesh.data, [m.targets.shape[0] for m in microbatches]
+        share = -(-len(microbatches) // data.size)
+        mine = list(microbatches[share * data.rank : share * (data.rank + 1)])
+        for module in self._computing():
+            module.eval()
+        losses = [self._look(self._place(m)) for m in (*mine, *[microbatches[0]] * (share - len(mine)))]
+        for module in self._computing():
+            module.train()
+        self._looked()
+        found = [part for part in losses[: len(mine)] if part is not None]
+        targets = [m.targets for m in mine] or [microbatches[0].targets[:0]]
+        sources = [m.source_ids for m in mine] or [microbatches[0].source_ids[:0]]
+        first = sum(sizes[: share * data.rank])
+        return gather_rows(
+            self._mesh, sum(sizes), first, targets, sources, torch.cat(found) if found else None
+        ).by_source()
 
     def rng_state(self) -> dict[str, Tensor]:
         """torch's generators: "cpu", and "cuda" where the model is there."""

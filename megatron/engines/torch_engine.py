@@ -15,9 +15,8 @@ from megatron.config.schema import OptimizerSection
 from megatron.engines.base import MicrobatchLike, StepResult
 from megatron.engines.held import Held, check_names, fill, finish_gradients, squared_norm
 from megatron.engines.mesh_engine import MeshEngine
-from megatron.engines.row_losses import RowLosses, gather_rows, valid_targets
+from megatron.engines.row_losses import valid_targets
 from megatron.optim.build import build_optimizer, check_state_names, flatten_state, load_state
-from megatron.parallel.axis import ALONE, Axis
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline import Pipeline, Rows
 
@@ -60,7 +59,7 @@ class TorchEngine(MeshEngine):
         self._pipeline = pipeline
         # The two ends of a pipeline have a weight in common only where the head is tied and they are apart.
         apart = pipeline is not None and not pipeline.holds_both_ends
-        self._ends: Axis = mesh.ends if apart and "head.weight" not in whole else ALONE
+        self._tied_apart = apart and "head.weight" not in whole
         # Elementwise updates need no whole tensors; a shard without elements needs no update.
         self._updated = {item.key: item.local for item in weights.held if item.local.numel()}
         cut = {item.key for item in weights.held if tuple(item.local.shape) != item.shape}
@@ -74,7 +73,7 @@ class TorchEngine(MeshEngine):
             table = self._gather(microbatches, None)
             return StepResult(0.0, table.by_source(), 0.0, 0, False, "no target of the batch is valid")
         losses = self._forward_backward(microbatches, 1 / valid)
-        finish_gradients(self._weights.held, self._mesh, self._ends)
+        finish_gradients(self._weights.held, self._mesh, self._tied_apart)
         gradients = self._gradients()
         by_source = self._gather(microbatches, losses).by_source()
         loss = sum(total for total, _ in by_source.values()) / valid
@@ -109,34 +108,14 @@ class TorchEngine(MeshEngine):
         (module,) = self._weights.modules
         return module(rows.tokens, rows.document_ids, rows.targets, scale, rows.sample_numbers)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
-        """Source id -> (sum of losses, valid targets).
+    def _look(self, rows: Rows) -> Tensor | None:
+        return self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
 
-        Sharded weights are gathered by all data ranks together: one that has no microbatch left runs the last again.
-        """
-        data, table = self._mesh.data, None
-        for module in self._weights.modules:
-            module.eval()
-        for first in range(0, len(microbatches), data.size):
-            number = min(first + data.rank, len(microbatches) - 1)
-            rows = self._place(microbatches[number])
-            losses = self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
-            turn = microbatches[first : first + data.size]
-            gathered = self._gather_turn(turn, losses).table
-            table = gathered if table is None else torch.cat((table, gathered), 1)
-        for module in self._weights.modules:
-            module.train()
+    def _computing(self) -> Sequence[nn.Module]:
+        return self._weights.modules
+
+    def _looked(self) -> None:
         self._weights.refresh()
-        return {} if table is None else RowLosses(table).by_source()
-
-    def _gather_turn(self, turn: Sequence[MicrobatchLike], losses: Tensor | None) -> RowLosses:
-        """Rows of the microbatches that the data ranks have just run, one each."""
-        data, sizes = self._mesh.data, [m.targets.shape[0] for m in turn]
-        if data.rank >= len(turn):
-            return gather_rows(self._mesh, sum(sizes), 0, [turn[0].targets[:0]], [turn[0].source_ids[:0]], None)
-        mine = turn[data.rank]
-        return gather_rows(self._mesh, sum(sizes), sum(sizes[: data.rank]), [mine.targets], [mine.source_ids], losses)
 
     def model_state(self) -> TensorShards:
         """Master weights by name, the shards that this rank writes."""

@@ -68,6 +68,7 @@ class Decoder(nn.Module):
         Raises ConfigError where the shape does not divide over the tensor or context ranks.
         """
         super().__init__()
+        self.scale = 1.0  # where forward is not told: a pipeline hands on tensors only
         for refusal in tensor_refusals(place.tensor.size, shape):
             raise refusal
         self.shape, self.backend, self.place, self.seed = shape, backend, place, seed
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         x: Tensor,
         document_ids: Tensor,
         targets: Tensor | None = None,
-        scale: float = 1.0,
+        scale: float | None = None,
         sample_numbers: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """This rank's part of the model on its part of the sequence.
@@ -113,7 +114,9 @@ class Decoder(nn.Module):
             return hidden
         if targets is None:
             return gather_from_sequence(hidden, self.place.tensor) if self.place.sequence else hidden
-        return self._total_and_rows(hidden, targets if positions is None else targets[:, positions], scale)
+        return self._total_and_rows(
+            hidden, targets if positions is None else targets[:, positions], scale or self.scale
+        )
 
     def _hidden(
         self, x: Tensor, document_ids: Tensor, positions: Tensor | None, dropout: ResidualDropout | None

@@ -83,7 +83,7 @@ def project(x: Tensor, linears: Sequence[Linear], place: ModelPlace) -> tuple[Te
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, by the shape's `norm`. Parameters stay in the master's dtype."""
+    """RMSNorm or LayerNorm over the last dimension, by the shape's `norm`, computed in float32 at least."""
 
     def __init__(self, shape: ModelShape, place: ModelPlace = ONE_PROCESS) -> None:
         super().__init__()

@@ -72,9 +72,9 @@ def _number(found: Mapping[str, str], name: str, default: int) -> int:
 class Mesh:
     """One rank's place on every axis, made once. device is where its model lives.
 
-    everyone: all ranks. ends: the first and the last rank of this pipeline; alone on the ranks between. shards: the
-    mesh that parameters are cut over, [replicas, shards], context ranks among them; None for one process. host: all
-    ranks on gloo, for small sums of host numbers. store: for words between ranks.
+    everyone: all ranks. shards: the mesh that parameters are cut over, [replicas, shards], context ranks among them;
+    None for one process. host: all ranks on gloo, for small sums of host numbers. store: for words between ranks.
+    limit: the bound of any collective; None where torch's default holds.
     """
 
     layout: Layout
@@ -86,10 +86,10 @@ class Mesh:
     data: Axis = ALONE
     context: Axis = ALONE
     tensor: Axis = ALONE
-    ends: Axis = ALONE
     shards: DeviceMesh | None = None
     host: dist.ProcessGroup | None = None
     store: dist.Store | None = None
+    limit: timedelta | None = None
 
     @property
     def world_size(self) -> int:
@@ -123,6 +123,8 @@ def local_device(local_rank: int) -> torch.device:
     """The device of a process by its number on the node: a GPU where there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ:
+        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each process its own only
     if local_rank >= torch.cuda.device_count():
         raise UnavailableError(
             f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; start at most so "
@@ -141,21 +143,22 @@ def open_mesh(layout: Layout, who: Launched, limit_seconds: int = 600) -> Mesh:
         return one_process_mesh(device)
     limit = timedelta(seconds=limit_seconds)
     if device.type == "cuda":
+        # Without device_id: it would make NCCL take pipeline sends one after the other with everything else.
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=device, **_rendezvous(who))
-    else:
-        dist.init_process_group("gloo", timeout=limit, **_rendezvous(who))
-    return mesh_of_group(layout, device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    address = _rendezvous()
+    dist.init_process_group(backend, init_method=address, rank=who.rank, world_size=who.world_size, timeout=limit)
+    return mesh_of_group(layout, device, limit)
 
 
-def _rendezvous(who: Launched) -> dict[str, object]:
+def _rendezvous() -> str:
     """torchrun's variables hold the address; srun gives none, so the batch script does."""
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise ConfigError(
-            f"{who.world_size} processes were started, and MASTER_ADDR and MASTER_PORT do not say where they meet: "
+            "several processes were started, and MASTER_ADDR and MASTER_PORT do not say where they meet: "
             "export them in the batch script (the first node's name and a free port), or start with torchrun"
         )
-    return {"init_method": "env://", "rank": who.rank, "world_size": who.world_size}
+    return "env://"
 
 
 def state_local_rank() -> None:
@@ -163,8 +166,8 @@ def state_local_rank() -> None:
     os.environ.setdefault("LOCAL_RANK", str(launched().local_rank))
 
 
-def mesh_of_group(layout: Layout, device: torch.device) -> Mesh:
-    """The mesh over the process group that is already there."""
+def mesh_of_group(layout: Layout, device: torch.device, limit: timedelta | None = None) -> Mesh:
+    """The mesh over the process group that is already there. limit: the bound of any collective of any axis."""
     rank, kind = dist.get_rank(), device.type
     sizes = (layout.pipeline, layout.replicate, layout.shard, layout.context, layout.tensor)
     full = init_device_mesh(kind, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "context", "tensor"))
@@ -176,7 +179,9 @@ def mesh_of_group(layout: Layout, device: torch.device) -> Mesh:
     cut = init_device_mesh(
         kind, (layout.pipeline, replicas, shards, layout.tensor), mesh_dim_names=("stages", "replicas", "shards", "cut")
     )
-    host = dist.group.WORLD if kind == "cpu" else dist.new_group(backend="gloo")
+    if limit is not None:
+        for mesh in (full, cut, *([data] if data is not None else [])):
+            _bound(mesh, limit)
     return Mesh(
         layout=layout,
         rank=rank,
@@ -187,21 +192,17 @@ def mesh_of_group(layout: Layout, device: torch.device) -> Mesh:
         data=Axis(data.get_local_rank(), layout.data, data.get_group()) if data is not None else ALONE,
         context=_axis(full, "context", layout.context),
         tensor=_axis(full, "tensor", layout.tensor),
-        ends=_ends(layout, rank),
         shards=cut["shards"] if replicas == 1 else cut["replicas", "shards"],
-        host=host,
+        host=dist.group.WORLD,
         store=dist.distributed_c10d._get_default_store(),
+        limit=limit,
     )
 
 
-def _ends(layout: Layout, rank: int) -> Axis:
-    """The group of this rank with the other end of its pipeline. Every rank makes every group: torch asks for that."""
-    found, last = ALONE, (layout.pipeline - 1) * (layout.world_size // layout.pipeline)
-    for first in range(last and layout.world_size // layout.pipeline):
-        group = dist.new_group([first, first + last])
-        if rank in (first, first + last):
-            found = Axis(int(rank != first), 2, group)
-    return found
+def _bound(mesh: DeviceMesh, limit: timedelta) -> None:
+    """Gives the groups of a mesh the time limit of the whole job; torch makes them with half an hour."""
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def _axis(mesh: DeviceMesh, name: str, size: int) -> Axis:
@@ -213,6 +214,25 @@ def sum_over(tensor: Tensor, axis: Axis) -> Tensor:
     if not axis.alone:
         dist.all_reduce(tensor, group=axis.group)
     return tensor
+
+
+def sum_over_ends(tensor: Tensor, pipeline: Axis) -> None:
+    """On the first and the last rank of a pipeline: the sum of both ranks' tensors, in place; the rest do nothing.
+
+    The two swap tensors and add, which gives both the same bits. They need no group of their own: at a thousand ranks
+    that would be hundreds of them.
+    """
+    if pipeline.alone or pipeline.rank not in (0, pipeline.size - 1):
+        return
+    other, arriving = pipeline.size - 1 - pipeline.rank, torch.empty_like(tensor)
+    kept = tensor.contiguous()
+    swap = [
+        dist.P2POp(dist.isend, kept, group=pipeline.group, group_peer=other),
+        dist.P2POp(dist.irecv, arriving, group=pipeline.group, group_peer=other),
+    ]
+    for work in dist.batch_isend_irecv(swap):
+        work.wait()
+    tensor.add_(arriving)
 
 
 def close_mesh() -> None:

@@ -105,8 +105,10 @@ class Pipeline:
         """
         schedule = self._schedule(microbatches, rows.tokens.shape[0] // microbatches, rows.tokens.shape[1])
         inputs = (rows.tokens,) if 0 in self._modules else ()
-        given = {"document_ids": rows.document_ids, "sample_numbers": rows.sample_numbers, "scale": scale}
-        given["targets"] = rows.targets
+        given = {"document_ids": rows.document_ids, "sample_numbers": rows.sample_numbers, "targets": rows.targets}
+        # Not among what is given: up to torch 2.11 split backward passes take tensors only.
+        for module in self._modules.values():
+            module.scale = scale  # type: ignore[assignment]
         target = {"target": rows.targets} if self.holds_last else {}
         outputs = schedule.step(*inputs, **target, **given)
         return None if outputs is None else outputs[1].detach()

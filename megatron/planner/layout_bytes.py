@@ -46,6 +46,41 @@ class RankBytes:
         return self.parameters + self.gradients + self.optimizer
 
 
+@dataclass(frozen=True)
+class StepBytes:
+    """What one rank holds besides while a step runs, without activations: weights gathered to compute with, and
+    gradients added up over microbatches before the data ranks reduce them."""
+
+    gathered: int
+    accumulated: int
+
+
+def step_bytes(
+    shape: ModelShape, section: ParallelSection, layout: Layout, precision: str, pipeline_rank: int
+) -> StepBytes:
+    """Of one rank with the torch engine and several microbatches a step.
+
+    Weights are gathered layer by layer where `full` shards them, two layers at a time and what is around them; else,
+    and always under a pipeline (torch keeps a stage's weights until its last microbatch), all at once. Where gradients
+    are reduced only at the step's end they are whole until then, in the masters' dtype. precision: "auto" as bf16.
+    """
+    stages = rank_tensors(shape, section, pipeline_rank)
+    groups: dict[str, int] = {}
+    for number, stage in enumerate(stages):
+        for item in stage:
+            parts = item.name.split(".")
+            group = ".".join(parts[:2]) if parts[0] == "layers" else f"around stage {number}"
+            groups[group] = groups.get(group, 0) + item.rows * item.width
+    by_layer = section.data_shard == "full" and layout.pipeline == 1
+    layers = sorted((size for name, size in groups.items() if name.startswith("layers.")), reverse=True)
+    around = sum(size for name, size in groups.items() if name.startswith("around"))
+    at_once = around + sum(layers[:2] if by_layer else layers)
+    late = section.data_shard in ("none", "optimizer") or layout.pipeline > 1
+    narrow, wide = {"fp64": (8, 8), "fp32": (4, 4)}.get(precision, (2, 4))
+    shared = layout.shard > 1  # else the gradients of `RankBytes` are these
+    return StepBytes(narrow * at_once, wide * (around + sum(layers)) if late and shared else 0)
+
+
 def stage_tensors(shape: ModelShape, tensor: int, layers: range, first: bool, last: bool) -> Iterator[HeldTensor]:
     """Every parameter of one pipeline stage on one tensor rank."""
     hidden, words = shape.hidden_size, shape.padded_vocab_size // tensor

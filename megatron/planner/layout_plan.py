@@ -13,7 +13,7 @@ from megatron.config.partition import partition_layers, stage_costs, stage_count
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 from megatron.data.schedule import Schedule
 from megatron.planner.bubble import bubble_fraction
-from megatron.planner.layout_bytes import rank_bytes
+from megatron.planner.layout_bytes import rank_bytes, step_bytes
 
 
 def default_processes(section: ParallelSection) -> int:
@@ -21,10 +21,14 @@ def default_processes(section: ParallelSection) -> int:
     return prod((section.pipeline, section.data_replicate, section.context, section.tensor))
 
 
-def batches_of(schedule: Schedule) -> list[BatchShape]:
-    """Every batch that some training stage uses, once each."""
+def batches_of(schedule: Schedule, held_out_length: int | None = None) -> list[BatchShape]:
+    """Every batch that some training stage uses, once each; held-out rows, where there are any, are of a length of
+    their own."""
     steps = [step for stage in schedule.stages for step in stage.shapes.steps]
-    return list(dict.fromkeys(BatchShape(step.seq_length, step.global_batch_size) for step in steps))
+    batches = [BatchShape(step.seq_length, step.global_batch_size) for step in steps]
+    if held_out_length is not None:
+        batches.append(BatchShape(held_out_length, batches[0].global_batch_size))
+    return list(dict.fromkeys(batches))
 
 
 def plan_layout(
@@ -112,7 +116,13 @@ def _rank_row(
     row: dict[str, Any] = {"pipeline_rank": rank, "stages": list(stage_numbers(section, rank))}
     if section.engine == "torch":
         held = rank_bytes(shape, section, layout, optimizer, train.precision, rank)
-        row["bytes"] = {**vars(held), "total": held.total}
+        besides = step_bytes(shape, section, layout, train.precision, rank)
+        row["bytes"] = {
+            **vars(held),
+            **vars(besides),
+            "total": held.total,
+            "step_total": held.total + besides.gathered + besides.accumulated,
+        }
     return row
 
 

@@ -12,7 +12,7 @@ import torch
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
 from megatron.config.errors import DataError, UnavailableError
 from megatron.config.layout import Layout, resolve_layout
-from megatron.config.layout_checks import BatchShape, check_layout, notes_of_layout
+from megatron.config.layout_checks import check_layout, notes_of_layout
 from megatron.config.load import config_to_tables, config_to_toml
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.quantities import format_count
@@ -28,6 +28,7 @@ from megatron.engines.precision import bf16_support, choose_precision
 from megatron.metrics.console import Console
 from megatron.metrics.sinks import JsonlSink, Sink
 from megatron.parallel.mesh import Mesh, local_device
+from megatron.planner.layout_plan import batches_of
 from megatron.planner.resolve import ResolvedRun, resolve_run
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.load import load_tokenizer
@@ -214,8 +215,7 @@ def _prepare_epochs(resolved: ResolvedRun) -> None:
 def _check_layout(
     config: RunConfig, layout: Layout, shape: ModelShape, resolved: ResolvedRun, precision: PrecisionChoice
 ) -> None:
-    steps = (step for stage in resolved.schedule.stages for step in stage.shapes.steps)
-    batches = [BatchShape(step.seq_length, step.global_batch_size) for step in steps]
+    batches = batches_of(resolved.schedule, config.model.seq_length if config.validation.fraction else None)
     check_layout(config.parallel, layout, shape, config.train, config.optimizer, batches, precision.name)
 
 
