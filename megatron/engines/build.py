@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron.checkpoint.tensor_shards import TensorSource
+from megatron.config.errors import UnavailableError
 from megatron.config.layout import resolve_layout
 from megatron.config.model_shape import ModelShape
 from megatron.config.partition import partition_layers, stage_count
@@ -22,7 +23,7 @@ from megatron.models.attention import AttentionBackend
 from megatron.models.recompute import apply_recompute
 from megatron.optim.build import describe_optimizer
 from megatron.parallel.mesh import Mesh, one_process_mesh
-from megatron.parallel.pipeline import Pipeline, StageShape
+from megatron.parallel.pipeline import SPLIT_BACKWARD, Pipeline, StageShape
 
 
 def build_engine(
@@ -44,6 +45,7 @@ def build_engine(
     mesh = mesh or one_process_mesh()
     if mesh.layout != resolve_layout(parallel_section, mesh.world_size):
         raise ValueError(f"the mesh is {mesh.layout}, [parallel] asks for another")
+    _refuse_what_this_torch_cannot(parallel_section)
     if precision not in COMPUTE_DTYPES:
         raise ValueError(f"precision {precision!r} is not resolved: give choose_precision's name")
     backend = attention_backend(mesh.device)
@@ -97,6 +99,16 @@ def _torch_engine(
             mesh.device,
         )
     return TorchEngine(weights, optimizer, mesh, whole_parameters(shape), description, pipeline)
+
+
+def _refuse_what_this_torch_cannot(section: ParallelSection) -> None:
+    """torch 2.11's split backward passes fail at autograd Functions written in Python; 2.13's do not."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if section.pipeline > 1 and section.schedule in SPLIT_BACKWARD and version < (2, 13):
+        raise UnavailableError(
+            f"parallel.schedule = {section.schedule} needs torch 2.13 or newer, and this is {torch.__version__}: "
+            "install it, or set parallel.schedule to 1f1b or interleaved"
+        )
 
 
 def attention_backend(device: torch.device) -> AttentionBackend:

@@ -114,9 +114,8 @@ class Decoder(nn.Module):
             return hidden
         if targets is None:
             return gather_from_sequence(hidden, self.place.tensor) if self.place.sequence else hidden
-        return self._total_and_rows(
-            hidden, targets if positions is None else targets[:, positions], scale or self.scale
-        )
+        own = targets if positions is None else targets[:, positions]
+        return self._total_and_rows(hidden, own, self.scale if scale is None else scale)
 
     def _hidden(
         self, x: Tensor, document_ids: Tensor, positions: Tensor | None, dropout: ResidualDropout | None
