@@ -36,7 +36,7 @@ examples:
     The batch script exports MASTER_ADDR (the first node's name) and MASTER_PORT (a free port there); sbatch's
     --signal=USR1@300 asks for a stop, and so for a checkpoint, 300 seconds before the time is over.
 
-  deepspeed --num_gpus 8 tools/train.py run.toml
+  deepspeed --no_local_rank --num_gpus 8 tools/train.py run.toml
 """
 
 

@@ -100,7 +100,7 @@ def notes_of_layout(
             "parallel.data_shard = full under a pipeline: torch keeps a stage's gathered weights and whole gradients "
             "until its last microbatch; only masters and optimizer state stay in shards through the step"
         )
-    if section.data_shard == "full" and section.engine == "deepspeed":
+    if section.data_shard == "full" and "offload" not in _LACKS[section.engine]:
         notes.append(
             "ZeRO-3 is given the whole model of a tensor rank in float32 at the start, and cuts it then: each "
             f"device needs {4 * shape.parameter_count() // layout.tensor / 1e9:.1f} GB for that moment"

@@ -96,6 +96,10 @@ def _fused_adam() -> Any:
         raise UnavailableError(
             f"{asked} NVIDIA apex is installed without its CUDA extension amp_C ({error}): {_REMEDY}"
         ) from None
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         raise UnavailableError(f'{asked} there is no GPU here; set optimizer.implementation = "torch"')
     return fused_adam
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()

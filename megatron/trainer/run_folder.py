@@ -35,7 +35,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
+            self.close()  # whoever has not the lock writes nothing there, not even how it ended
             raise ConfigError(
                 f"{self.path}: another process is training there: wait for it, stop it, or set run.output elsewhere"
             ) from None

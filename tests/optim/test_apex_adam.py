@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron.config.errors import CheckpointError, ConfigError, UnavailableError
 from megatron.config.schema import OptimizerSection
+from megatron.optim import apex_adam
 from megatron.optim.build import build_optimizer, flatten_state, load_state
 
 TORCH = OptimizerSection(weight_decay=0.3)
@@ -63,7 +64,7 @@ def nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, "apex", __path__=[])
     module(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
     module(monkeypatch, "amp_C")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(apex_adam, "_has_gpu", lambda: True)
 
 
 def weights(seed: int) -> dict[str, Tensor]:
@@ -154,5 +155,5 @@ def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -
     module(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
     refused("without its CUDA extension amp_C")
     module(monkeypatch, "amp_C")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(apex_adam, "_has_gpu", lambda: False)
     refused("there is no GPU here")

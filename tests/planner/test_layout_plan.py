@@ -100,9 +100,9 @@ REFUSED: list[dict[str, Any]] = [
     {"tensor": 3},
     {"sequence": True},
     {"pipeline": 4, "schedule": "zbv", "data_shard": "full"},
-    {"engine": "deepspeed", "context": 2},
+    {"engine": "deepspeed", "context": 2, "pipeline": 2},
     {"pipeline": 11},
-    {"engine": "deepspeed", "tensor": 2, "pipeline": 2},
+    {"engine": "deepspeed", "pipeline": 2, "data_shard": "full"},
 ]
 
 

@@ -16,8 +16,10 @@ def test_B1_two_processes_never_share_a_folder(tmp_path: Path) -> None:
     first = RunFolder(tmp_path / "run")
     first.open()
     first.record_exit(0, "done", {"step": 3})
+    second = RunFolder(tmp_path / "run")
     with pytest.raises(ConfigError, match="another process is training there"):
-        RunFolder(tmp_path / "run").open()
+        second.open()
+    assert first.is_open and not second.is_open, "a rank records its end only where it has the folder"
     assert (tmp_path / "run" / "exit.json").exists(), "the other's record is not ours to remove"
     first.close()
     second = RunFolder(tmp_path / "run")
