@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
+from engines.made_rows import Micro
 from torch import Tensor
 
 from megatron.checkpoint.tensor_shards import TensorShards
@@ -37,15 +38,6 @@ TRAIN = TrainSection(global_batch_size=ROWS, micro_batch_size=MICRO)
 SGD = OptimizerSection(name="sgd", momentum=0.9, clip_grad_norm=0.0)
 BITING = OptimizerSection(name="sgd", momentum=0.0, clip_grad_norm=0.97)
 ADAMW = OptimizerSection(clip_grad_norm=1.0)
-
-
-@dataclass
-class Micro:
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor
-    source_ids: Tensor
-    sample_numbers: Tensor
 
 
 def microbatches(step: int, data_rank: int = 0, data_size: int = 1) -> list[Micro]:

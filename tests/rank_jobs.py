@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ranks  # noqa: F401 (tells the fork server what to load)
+from ranks import rank_environment  # its import also tells the fork server what to load
 
 _context = multiprocessing.get_context("forkserver")
 Fault = Callable[[int], None]
@@ -95,15 +95,7 @@ def train_ranks(world_size: int, config: Path, *words: str, **options: Any) -> R
 
 
 def _rank(rank: int, world_size: int, port: int, argv: list[str], log: Path, fault: Fault | None) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    os.environ |= rank_environment(rank, world_size, port)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)

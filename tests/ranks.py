@@ -22,6 +22,19 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: fl
     The first rank that fails is raised here with its traceback; every process is gone when this returns.
     body: a module's function; arguments and results are pickled, tensors by value.
     """
+    _store, pipes, processes = start_bodies(world_size, body, args)
+    try:
+        return _results(pipes, time.monotonic() + timeout, timeout)
+    finally:
+        for process in processes:
+            process.join(0.2)
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGKILL)
+            process.join(10)
+
+
+def start_bodies(world_size: int, body: Callable[..., Any], args: Any) -> tuple[Any, list[Connection], list[Any]]:
+    """(the store that the ranks meet at, to be kept; a pipe to each rank's result; the processes)."""
     from torch.distributed import TCPStore
 
     work = pickle.dumps((body, args))  # by value: multiprocessing would share tensors' memory
@@ -35,14 +48,20 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: fl
         theirs.close()
         pipes.append(mine)
         processes.append(process)
-    try:
-        return _results(pipes, time.monotonic() + timeout, timeout)
-    finally:
-        for process in processes:
-            process.join(0.2)
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGKILL)
-            process.join(10)
+    return store, pipes, processes
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would say to one of the processes of a node."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def _results(pipes: list[Connection], end: float, timeout: float) -> list[Any]:
@@ -66,16 +85,7 @@ def _results(pipes: list[Connection], end: float, timeout: float) -> list[Any]:
 
 
 def _rank(pipe: Connection, rank: int, world_size: int, port: int, work: bytes) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
-    }
+    os.environ |= rank_environment(rank, world_size, port) | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     import torch
 
     torch.set_num_threads(1)

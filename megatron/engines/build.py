@@ -10,12 +10,11 @@ from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import UnavailableError
 from megatron.config.layout import resolve_layout
 from megatron.config.model_shape import ModelShape
-from megatron.config.partition import partition_layers, stage_count
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 from megatron.engines.base import Engine
 from megatron.engines.host_memory import keep_freed_memory
 from megatron.engines.master_weights import MasterWeights
-from megatron.engines.model_parts import InitialWeights, ModelParts, build_parts, whole_parameters
+from megatron.engines.model_parts import InitialWeights, ModelParts, build_parts, build_pipeline, whole_parameters
 from megatron.engines.precision import COMPUTE_DTYPES
 from megatron.engines.sharded_weights import ShardedWeights
 from megatron.engines.torch_engine import TorchEngine, Weights
@@ -23,7 +22,7 @@ from megatron.models.attention import AttentionBackend
 from megatron.models.recompute import apply_recompute
 from megatron.optim.build import describe_optimizer
 from megatron.parallel.mesh import Mesh, one_process_mesh
-from megatron.parallel.pipeline import SPLIT_BACKWARD, Pipeline, StageShape
+from megatron.parallel.pipeline import SPLIT_BACKWARD
 
 
 def build_engine(
@@ -51,7 +50,7 @@ def build_engine(
     backend = attention_backend(mesh.device)
     master = torch.float64 if precision == "fp64" else torch.float32
     parts = build_parts(shape, parallel_section, mesh, backend, master, seed)
-    description = _describe(shape, parts, optimizer_section, parallel_section, precision, mesh, backend)
+    description = _describe(parts, optimizer_section, parallel_section, precision, mesh, backend)
     engine: Engine
     if parallel_section.engine == "deepspeed":
         from megatron.engines.deepspeed_engine import build_deepspeed_engine
@@ -85,19 +84,7 @@ def _torch_engine(
         for module in parts.modules:
             apply_recompute(module, *recompute)  # FSDP2 wraps what is there
         weights = ShardedWeights(parts.modules, mesh, parallel.data_shard, dtype)
-    pipeline = None
-    if parallel.pipeline > 1:
-        ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
-        travelling = StageShape(shape.hidden_size, dtype, ranks)
-        pipeline = Pipeline(
-            weights.modules,
-            parts.numbers,
-            parts.owners,
-            mesh.pipeline,
-            parallel.schedule,
-            travelling,
-            mesh.device,
-        )
+    pipeline = build_pipeline(parts, weights.modules, parallel, mesh, dtype)
     return TorchEngine(weights, optimizer, mesh, whole_parameters(shape), description, pipeline)
 
 
@@ -117,7 +104,6 @@ def attention_backend(device: torch.device) -> AttentionBackend:
 
 
 def _describe(
-    shape: ModelShape,
     parts: ModelParts,
     optimizer: OptimizerSection,
     parallel: ParallelSection,
@@ -129,8 +115,7 @@ def _describe(
     if mesh.world_size > 1:
         words["layout"] = f"{mesh.world_size} processes: {mesh.layout.words()}{' with sequence' * parallel.sequence}"
     if parallel.pipeline > 1:
-        stages = partition_layers(shape, stage_count(parallel), shape.max_position_embeddings)
-        words["pipeline"] = f"{parallel.schedule}, layers by stage {[len(layers) for layers in stages]}"
+        words["pipeline"] = f"{parallel.schedule}, layers by stage {[len(layers) for layers in parts.layers]}"
     if mesh.layout.data > 1:
         words["data shard"] = parallel.data_shard
     if parallel.context > 1:

@@ -33,16 +33,17 @@ from megatron.engines.deepspeed_config import ZERO_STAGES, deepspeed_config, ref
 from megatron.engines.deepspeed_pieces import LocalParameter, Piece, parameters_of, run_of
 from megatron.engines.deepspeed_ranks import DeepSpeedRanks
 from megatron.engines.deepspeed_state import DeepSpeedState
+from megatron.engines.held import sum_of_squares
 from megatron.engines.master_weights import MasterWeights
-from megatron.engines.mesh_engine import MeshEngine
-from megatron.engines.model_parts import ModelParts, whole_parameters
+from megatron.engines.mesh_engine import MeshEngine, not_finite
+from megatron.engines.model_parts import ModelParts, build_pipeline, whole_parameters
 from megatron.engines.precision import COMPUTE_DTYPES
 from megatron.engines.row_losses import valid_targets
 from megatron.models.recompute import apply_recompute
 from megatron.optim.build import build_optimizer
 from megatron.optim.groups import parameter_groups
 from megatron.parallel.mesh import Mesh, state_local_rank, sum_over, sum_over_ends
-from megatron.parallel.pipeline import Pipeline, Rows, StageShape
+from megatron.parallel.pipeline import Rows
 
 
 def build_deepspeed_engine(
@@ -64,14 +65,6 @@ def build_deepspeed_engine(
     return DeepSpeedEngine(parts, mesh, optimizer, parallel, precision, description, train)
 
 
-def _pipeline(
-    parts: ModelParts, modules: Sequence[nn.Module], mesh: Mesh, parallel: ParallelSection, dtype: torch.dtype
-) -> Pipeline:
-    ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    travelling = StageShape(parts.modules[0].shape.hidden_size, dtype, ranks)
-    return Pipeline(modules, parts.numbers, parts.owners, mesh.pipeline, parallel.schedule, travelling, mesh.device)
-
-
 class DeepSpeedEngine(MeshEngine):
     """Implements `Engine`."""
 
@@ -88,8 +81,7 @@ class DeepSpeedEngine(MeshEngine):
         super().__init__(mesh, whole_parameters(parts.modules[0].shape), description)
         self._section = optimizer
         self._stage = ZERO_STAGES[parallel.data_shard]
-        self._parameters = [part for module in parts.modules for part in parameters_of(module)]
-        held = sum(part.parameter.numel() for part in self._parameters)
+        held = sum(p.numel() for module in parts.modules for p in module.parameters())
         config = deepspeed_config(parallel, optimizer, precision, held, train)
         _open_alone(mesh)
         deepspeed = _deepspeed()
@@ -114,7 +106,7 @@ class DeepSpeedEngine(MeshEngine):
         self._model: Callable[..., Any] = computing[0] if self._masters else self._engine
         for master in self._masters if parallel.pipeline > 1 else []:
             master.collect_at_once()
-        self._pipeline = _pipeline(parts, computing, mesh, parallel, dtype) if parallel.pipeline > 1 else None
+        self._pipeline = build_pipeline(parts, computing, parallel, mesh, dtype)
         pieces = [self._piece(part) for part in self._parameters]
         self._state = DeepSpeedState(self._engine, self._stage, optimizer, pieces, self._whole, self._refresh_copies)
         self._description = {**self._description, "engine": f"deepspeed {deepspeed.__version__}, ZeRO-{self._stage}"}
@@ -162,8 +154,7 @@ class DeepSpeedEngine(MeshEngine):
         """One update from the mean loss over the valid targets of all microbatches of all data ranks."""
         valid = valid_targets(self._mesh, [m.targets for m in microbatches])
         if valid == 0:
-            rows = self._gather(microbatches, None)
-            return StepResult(0.0, rows.by_source(), 0.0, 0, False, "no target of the batch is valid")
+            return self._nothing_to_learn(microbatches)
         for group in self._inner.param_groups:
             group["lr"] = lr
         losses = self._forward_backward([self._place(m) for m in microbatches], self._ranks.data.size / valid)
@@ -172,11 +163,9 @@ class DeepSpeedEngine(MeshEngine):
         if self._pipeline is not None:
             self._finish_pipeline(loss)
         grad_norm = self._update() if self._stage else self._update_masters(loss)
-        updated = math.isfinite(loss) and math.isfinite(grad_norm)
-        self._state.began |= updated
-        names = [name for name, value in (("loss", loss), ("gradient norm", grad_norm)) if not math.isfinite(value)]
-        reason = "" if updated else f"{' and '.join(names)} not finite"
-        return StepResult(loss, by_source, grad_norm, valid, updated, reason)
+        reason = not_finite(loss, grad_norm)
+        self._state.began |= not reason
+        return StepResult(loss, by_source, grad_norm, valid, not reason, reason)
 
     def _forward_backward(self, placed: Sequence[Rows], scale: float) -> Tensor | None:
         """Gradients of scale x the losses; each row's sum of losses, where the head is held.
@@ -218,15 +207,6 @@ class DeepSpeedEngine(MeshEngine):
         if self._stage:
             self._engine.allreduce_gradients()
 
-    def _run(self, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
-        return self._model(
-            rows.tokens,
-            rows.document_ids,
-            targets=rows.targets,
-            scale=scale,
-            sample_numbers=rows.sample_numbers,
-        )
-
     def _update(self) -> float:
         """DeepSpeed's update, or its dropping of the step; the norm before clipping, infinite where dropped."""
         self._engine.step()
@@ -243,22 +223,16 @@ class DeepSpeedEngine(MeshEngine):
         gradients = [part.gradient() for part in self._parameters]
         first = self._mesh.tensor.rank == 0
         counted = [p.gradient() for p in self._parameters if not p.copy and (first or p.cut.dim is not None)]
-        square = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
-        for norm in torch._foreach_norm(counted) if counted else []:
-            square += norm.double().square()
-        grad_norm = math.sqrt(float(sum_over(square, self._ranks.model)))
+        grad_norm = math.sqrt(float(sum_of_squares(counted, self._ranks.model, self._mesh.device)))
         bound = self._section.clip_grad_norm
         if 0 < bound < grad_norm < math.inf:
             torch._foreach_mul_(gradients, bound / grad_norm)
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        if not not_finite(loss, grad_norm):
             self._engine.step()
             self._refresh_copies()
         for master in self._masters:
             master.drop_gradients()
         return grad_norm
-
-    def _look(self, rows: Rows) -> Tensor | None:
-        return self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
 
     def _computing(self) -> Sequence[nn.Module]:
         return self._modules

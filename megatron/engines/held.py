@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,8 +108,12 @@ def _sum_flat(gradients: list[Tensor | None], axis: Axis) -> None:
 def squared_norm(gradients: Mapping[str, Tensor], held: Iterable[Held], mesh: Mesh) -> Tensor:
     """The square of the whole gradient's 2-norm, float64, the same on every rank: each element counts once."""
     mine = [gradients[item.key] for item in held if item.owned and item.local.numel()]
-    norms = torch._foreach_norm(mine) if mine else []
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for norm in norms:
+    return sum_of_squares(mine, mesh.everyone, mesh.device)
+
+
+def sum_of_squares(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Tensor:
+    """Of all elements of the tensors of all ranks of the axis, float64, the same on every one."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for norm in torch._foreach_norm(list(tensors)) if tensors else []:
         total += norm.double().square()
-    return sum_over(total, mesh.everyone)
+    return sum_over(total, axis)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config.errors import CheckpointError
-from megatron.engines.base import MicrobatchLike
+from megatron.engines.base import MicrobatchLike, StepResult
 from megatron.engines.row_losses import RowLosses, gather_rows
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline import Rows
+from megatron.parallel.pipeline import Pipeline, Rows
 
 
 class MeshEngine:
@@ -22,9 +24,28 @@ class MeshEngine:
         self._whole = dict(whole)
         self._description = dict(description)
 
+    _model: Callable[..., Any]
+    """What is called with rows where there is no pipeline."""
+    _pipeline: Pipeline | None
+
+    def _run(self, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
+        """(scale x the sum of losses [1], each row's sum of losses)."""
+        return self._model(  # type: ignore[no-any-return]
+            rows.tokens,
+            rows.document_ids,
+            targets=rows.targets,
+            scale=scale,
+            sample_numbers=rows.sample_numbers,
+        )
+
     def _look(self, rows: Rows) -> Tensor | None:
         """Each row's sum of losses without training, float64 [n]; None where the head is on another rank."""
-        raise NotImplementedError
+        return self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
+
+    def _nothing_to_learn(self, microbatches: Sequence[MicrobatchLike]) -> StepResult:
+        """Of a batch without a valid target."""
+        by_source = self._gather(microbatches, None).by_source()
+        return StepResult(0.0, by_source, 0.0, 0, False, "no target of the batch is valid")
 
     def _computing(self) -> Sequence[nn.Module]:
         """The modules that run."""
@@ -89,3 +110,9 @@ class MeshEngine:
         data, mine = self._mesh.data, sum(m.targets.shape[0] for m in microbatches)
         targets, sources = [m.targets for m in microbatches], [m.source_ids for m in microbatches]
         return gather_rows(self._mesh, mine * data.size, mine * data.rank, targets, sources, losses)
+
+
+def not_finite(loss: float, grad_norm: float) -> str:
+    """Why a step with these makes no update; empty where it may."""
+    names = [name for name, value in (("loss", loss), ("gradient norm", grad_norm)) if not math.isfinite(value)]
+    return f"{' and '.join(names)} not finite" if names else ""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.config.model_shape import ModelShape
 from megatron.config.partition import partition_layers, stage_count, stage_numbers
@@ -16,15 +16,17 @@ from megatron.models.decoder import Decoder
 from megatron.models.initialise import initial_value
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.model_place import ModelPlace
-from megatron.parallel.pipeline import SPLIT_BACKWARD
+from megatron.parallel.pipeline import SPLIT_BACKWARD, Pipeline, StageShape
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The pipeline stages held here, ascending: their modules and numbers. owners: the pipeline rank of every stage."""
+    """The pipeline stages held here, ascending: their modules and numbers. layers, owners: of every stage, its layers
+    and its pipeline rank."""
 
     modules: tuple[Decoder, ...]
     numbers: tuple[int, ...]
+    layers: tuple[range, ...]
     owners: tuple[int, ...]
 
 
@@ -53,7 +55,18 @@ def build_parts(
                 split_backward=section.pipeline > 1 and section.schedule in SPLIT_BACKWARD,
             )
             modules.append(Decoder(shape, backend, place, seed).to(dtype))
-    return ModelParts(tuple(modules), tuple(numbers), tuple(owners))
+    return ModelParts(tuple(modules), tuple(numbers), layers, tuple(owners))
+
+
+def build_pipeline(
+    parts: ModelParts, modules: Sequence[nn.Module], section: ParallelSection, mesh: Mesh, dtype: torch.dtype
+) -> Pipeline | None:
+    """The pipeline over what runs of the parts (wrapped, or copies that compute in dtype); None without one."""
+    if section.pipeline == 1:
+        return None
+    sharing = section.context * (section.tensor if section.sequence else 1)
+    travelling = StageShape(parts.modules[0].shape.hidden_size, dtype, sharing)
+    return Pipeline(modules, parts.numbers, parts.owners, mesh.pipeline, section.schedule, travelling, mesh.device)
 
 
 def whole_parameters(shape: ModelShape) -> dict[str, Tensor]:

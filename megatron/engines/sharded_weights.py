@@ -23,6 +23,7 @@ from megatron.engines.held import Held
 from megatron.models.decoder import Decoder
 from megatron.models.parameter_cuts import parameter_cuts
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.model_place import ParameterCut
 
 DataShard = Literal["none", "optimizer", "gradients", "full"]
 
@@ -53,7 +54,7 @@ class ShardedWeights:
             for name, cut in cuts[number].items()
         ]
 
-    def _hold(self, module: Decoder, name: str, cut: object, local: tuple[int, ...]) -> Held:
+    def _hold(self, module: Decoder, name: str, cut: ParameterCut, local: tuple[int, ...]) -> Held:
         parameter = module.get_parameter(name)
         assert isinstance(parameter, DTensor)
         tensor, axis = parameter.detach().to_local(), self._mesh.tensor

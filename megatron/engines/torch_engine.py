@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from megatron.config.errors import CheckpointError
 from megatron.config.schema import OptimizerSection
 from megatron.engines.base import MicrobatchLike, StepResult
 from megatron.engines.held import Held, check_names, fill, finish_gradients, squared_norm
-from megatron.engines.mesh_engine import MeshEngine
+from megatron.engines.mesh_engine import MeshEngine, not_finite
 from megatron.engines.row_losses import valid_targets
 from megatron.optim.build import build_optimizer, check_state_names, flatten_state, load_state
 from megatron.parallel.mesh import Mesh
@@ -57,6 +56,7 @@ class TorchEngine(MeshEngine):
         self._weights = weights
         self._section = optimizer
         self._pipeline = pipeline
+        self._model = weights.modules[0]
         # The two ends of a pipeline have a weight in common only where the head is tied and they are apart.
         apart = pipeline is not None and not pipeline.holds_both_ends
         self._tied_apart = apart and "head.weight" not in whole
@@ -68,25 +68,21 @@ class TorchEngine(MeshEngine):
 
     def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
         """One update from the mean loss over the valid targets of the global batch."""
-        valid = self._valid(microbatches)
+        valid = valid_targets(self._mesh, [m.targets for m in microbatches])
         if valid == 0:
-            table = self._gather(microbatches, None)
-            return StepResult(0.0, table.by_source(), 0.0, 0, False, "no target of the batch is valid")
+            return self._nothing_to_learn(microbatches)
         losses = self._forward_backward(microbatches, 1 / valid)
         finish_gradients(self._weights.held, self._mesh, self._tied_apart)
         gradients = self._gradients()
         by_source = self._gather(microbatches, losses).by_source()
         loss = sum(total for total, _ in by_source.values()) / valid
         grad_norm = float(squared_norm(gradients, self._weights.held, self._mesh).sqrt())
-        reason = _not_finite(loss, grad_norm)
+        reason = not_finite(loss, grad_norm)
         if not reason:
             self._clip(gradients, grad_norm)
             self._update(gradients, lr)
         self._weights.drop_gradients()
         return StepResult(loss, by_source, grad_norm, valid, not reason, reason)
-
-    def _valid(self, microbatches: Sequence[MicrobatchLike]) -> int:
-        return valid_targets(self._mesh, [m.targets for m in microbatches])
 
     def _forward_backward(self, microbatches: Sequence[MicrobatchLike], scale: float) -> Tensor | None:
         """Leaves gradients in the weights; each row's sum of losses, where the head is held."""
@@ -103,13 +99,6 @@ class TorchEngine(MeshEngine):
             self._weights.collect()
             parts.append(losses)
         return torch.cat(parts)
-
-    def _run(self, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
-        (module,) = self._weights.modules
-        return module(rows.tokens, rows.document_ids, rows.targets, scale, rows.sample_numbers)  # type: ignore[no-any-return]
-
-    def _look(self, rows: Rows) -> Tensor | None:
-        return self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
 
     def _computing(self) -> Sequence[nn.Module]:
         return self._weights.modules
@@ -195,8 +184,3 @@ def _read(source: TensorSource, name: str, item: Held) -> Tensor:
             f"optimizer state {name} is {list(source.shape(name))}, the model needs {list(item.shape)}"
         )
     return source.read(name, item.offset, tuple(item.local.shape))
-
-
-def _not_finite(loss: float, grad_norm: float) -> str:
-    names = [name for name, value in (("loss", loss), ("gradient norm", grad_norm)) if not math.isfinite(value)]
-    return f"{' and '.join(names)} not finite" if names else ""

@@ -212,14 +212,10 @@ class Health:
 
     def _where(self) -> str:
         """Steps and phases of all ranks, those that are alike together, the rarest first."""
-        board = self._board.another()
-        before = {rank: board.read(f"status/{rank}") for rank in range(board.world_size)}
-        time.sleep(2.5 * self._patience.poll)
         groups: dict[str, list[int]] = {}
-        for rank in range(board.world_size):
-            said = board.read(f"status/{rank}")
+        for rank, (said, silent) in self._signs().items():
             words = "not yet begun" if said is None else f"step {said[1]}, {said[2]}"
-            if rank != board.rank and said is not None and said == before[rank]:
+            if silent and said is not None:
                 words += f" (no sign of life; host {said[3]})"
             groups.setdefault(words, []).append(rank)
         ordered = sorted(groups.items(), key=lambda item: (len(item[1]), item[1]))
@@ -244,14 +240,18 @@ class Health:
 
     def _silent_words(self) -> str:
         """Which ranks say nothing, by a look at the board over some polls."""
+        silent = {rank: said for rank, (said, is_silent) in self._signs().items() if is_silent}
+        where = sorted({f"step {word[1]}, {word[2]}, host {word[3]}" for word in silent.values() if word})
+        return f" ({rank_words(list(silent))}: {'; '.join(where)})" if silent else ""
+
+    def _signs(self) -> dict[int, tuple[Any, bool]]:
+        """What each rank said last, and whether another than this one said nothing new over some polls."""
         board = self._board.another()
         keys = {rank: f"status/{rank}" for rank in range(board.world_size)}
         before = {rank: board.read(key) for rank, key in keys.items()}
         time.sleep(2.5 * self._patience.poll)
-        silent = [rank for rank, key in keys.items() if rank != board.rank and board.read(key) == before[rank]]
-        said = [before[rank] for rank in silent]
-        where = sorted({f"step {word[1]}, {word[2]}, host {word[3]}" for word in said if word})
-        return f" ({rank_words(silent)}: {'; '.join(where)})" if silent else ""
+        now = {rank: board.read(key) for rank, key in keys.items()}
+        return {rank: (said, rank != board.rank and said == before[rank]) for rank, said in now.items()}
 
     # Watching without the board
 

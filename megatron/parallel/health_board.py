@@ -48,10 +48,6 @@ class Board:
         """The value of a key; None where nothing is."""
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
-    def read_all(self, keys: list[str]) -> list[Any]:
-        """The values of keys that are all there."""
-        return [json.loads(value) for value in self.store.multi_get(keys)]
-
     def claim(self, key: str, value: Any) -> Any:
         """Writes where nothing is yet, and gives what is there now: the first claim of all ranks stands."""
         return json.loads(self.store.compare_set(key, "", json.dumps(value)))

@@ -104,11 +104,6 @@ class Mesh:
         dist.all_reduce(total, group=self.host)
         return [int(number) for number in total.tolist()]
 
-    def barrier(self) -> None:
-        """Returns when every rank has come here."""
-        if self.host is not None:
-            self.sum_on_host([0])
-
 
 def _signed(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63

@@ -7,13 +7,13 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoint.cut_tensors import cut, tensors_of
-from ranks import _context, _rank
+from ranks import start_bodies
 
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
 from megatron.checkpoint.manifest import Seal
@@ -136,19 +136,7 @@ def save_and_tell(
 
 def run_to_the_end(ranks: int, body: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
     """As run_ranks, but every rank goes on to its own end; None for one that was killed."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
-    work = pickle.dumps((body, args))
-    pipes: list[Connection] = []
-    processes = []
-    for rank in range(ranks):
-        mine, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(theirs, rank, ranks, store.port, work), daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(mine)
-        processes.append(process)
+    _store, pipes, processes = start_bodies(ranks, body, args)
     results: dict[int, Any] = {}
     end = time.monotonic() + timeout
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from engines.made_rows import Micro
 from torch import Tensor
 
 from megatron.checkpoint.tensor_shards import WholeTensors
@@ -23,15 +23,6 @@ SHAPE = resolve_model(ModelSection(preset="llama-tiny", seq_length=32), 100)
 TRAIN = TrainSection(global_batch_size=4, micro_batch_size=2)
 ADAMW = OptimizerSection(clip_grad_norm=0.7)
 SGD = OptimizerSection(name="sgd", momentum=0.9, clip_grad_norm=0.0)
-
-
-@dataclass
-class Micro:
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor
-    source_ids: Tensor
-    sample_numbers: Tensor
 
 
 def engine(precision: str = "fp32", optimizer: OptimizerSection = ADAMW, seed: int = 5) -> Engine:
