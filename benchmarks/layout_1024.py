@@ -30,6 +30,7 @@ from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
 from megatron.engines.model_parts import build_parts
 from megatron.engines.sharded_weights import ShardedWeights
+from megatron.kernels.choice import Kernels
 from megatron.optim.build import build_optimizer
 from megatron.parallel.mesh import Mesh, close_mesh, mesh_of_group
 from megatron.planner.layout_bytes import RankBytes, rank_bytes, rank_tensors
@@ -132,7 +133,7 @@ def bytes_of_rank(
 ) -> RankBytes:
     """Of the tensors that one rank really holds, built as the engine builds them."""
     master = torch.float64 if precision == "fp64" else torch.float32
-    parts = build_parts(shape, section, mesh, "sdpa", master, seed=0)
+    parts = build_parts(shape, section, mesh, Kernels(attention="sdpa"), master, seed=0)
     weights = ShardedWeights(parts.modules, mesh, section.data_shard, _DTYPES[precision])
     parameters = {item.key: item.local for item in weights.held}
     for parameter in parameters.values():

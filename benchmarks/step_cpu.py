@@ -6,6 +6,7 @@ and with several documents a row.
 
     python benchmarks/step_cpu.py                          # fp32 and bf16, the demo's shape
     python benchmarks/step_cpu.py --precision bf16 --rounds 9 --json step.json
+    python benchmarks/step_cpu.py --compiled               # ours with compiled layers besides
     python benchmarks/step_cpu.py --attention              # the table in kernels/attention_blockwise.py
 
 Our engine tells glibc to keep freed memory, for the whole process: the peer profits too. `peer, own allocator` is the
@@ -33,12 +34,16 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.model_shape import ModelShape, resolve_model
-from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
+from megatron.config.schema import KernelsSection, ModelSection, OptimizerSection, ParallelSection, TrainSection
 from megatron.engines.build import build_engine
 from megatron.engines.host_memory import keep_freed_memory
+from megatron.engines.kernel_choice import choose_kernels
+from megatron.engines.precision import COMPUTE_DTYPES
 from megatron.kernels.attention import piece_starts, plan_for_sdpa
 from megatron.kernels.attention_blockwise import attention_blockwise, plan_blocks
+from megatron.kernels.choice import Kernels
 
+COMPILED = {"compile": "layers", "norm": "compile", "rope": "compile", "activation": "compile"}
 Figures = dict[str, dict[str, float]]
 
 
@@ -50,6 +55,7 @@ class Micro:
     targets: Tensor
     document_ids: Tensor
     source_ids: Tensor
+    sample_numbers: Tensor
 
 
 def make_batch(shape: ModelShape, arguments: argparse.Namespace, documents: int, seed: int) -> list[Micro]:
@@ -57,13 +63,15 @@ def make_batch(shape: ModelShape, arguments: argparse.Namespace, documents: int,
     generator = torch.Generator().manual_seed(seed)
     rows, length = arguments.micro_batch_size, arguments.seq_length
     batch = []
-    for _ in range(arguments.global_batch_size // rows):
+    for number in range(arguments.global_batch_size // rows):
         tokens = torch.randint(0, shape.vocab_size, (rows, length + 1), generator=generator)
         cuts = torch.randint(1, length, (rows, documents - 1), generator=generator)
         ids = torch.zeros(rows, length, dtype=torch.int32)
         ids.scatter_add_(1, cuts, torch.ones_like(cuts, dtype=torch.int32))
         sources = torch.arange(rows) % 2
-        batch.append(Micro(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ids.cumsum(1).int(), sources))
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        numbers = torch.arange(rows) + number * rows
+        batch.append(Micro(inputs, targets, ids.cumsum(1).int(), sources, numbers))
     return batch
 
 
@@ -100,10 +108,17 @@ def peer_step(shape: ModelShape, precision: str) -> Callable[[list[Micro]], None
     return step
 
 
-def our_step(shape: ModelShape, precision: str, arguments: argparse.Namespace) -> Callable[[list[Micro]], None]:
-    """Our engine's train_step."""
+def our_step(
+    shape: ModelShape, precision: str, arguments: argparse.Namespace, **asked: str
+) -> Callable[[list[Micro]], None]:
+    """Our engine's train_step, with the kernels that a run on this machine would choose. asked: keys of [kernels]."""
     sizes = {"global_batch_size": arguments.global_batch_size, "micro_batch_size": arguments.micro_batch_size}
-    engine = build_engine(shape, OptimizerSection(), ParallelSection(), TrainSection(**sizes), 0, precision)
+    section = KernelsSection.model_validate(asked)
+    rows = arguments.micro_batch_size, arguments.seq_length
+    choice = choose_kernels(section, shape, COMPUTE_DTYPES[precision], rows)
+    print(f"kernels: {choice.reason}")
+    sections = OptimizerSection(), ParallelSection(), TrainSection(**sizes)
+    engine = build_engine(shape, *sections, 0, precision, kernels=Kernels(**choice.kernels))
 
     def step(batch: list[Micro]) -> None:
         if not engine.train_step(batch, 1e-4).updated:
@@ -146,6 +161,9 @@ def compare(precision: str, arguments: argparse.Namespace) -> Figures:
         "ours, one document a row": lambda: ours(one),
         "ours, four documents a row": lambda: ours(several),
     }
+    if arguments.compiled:
+        compiled = our_step(shape, precision, arguments, **COMPILED)
+        sides["ours, compiled layers"] = lambda: compiled(one)
     figures |= in_turns(sides, arguments.rounds)
     tokens = arguments.global_batch_size * arguments.seq_length
     print(f"\n{precision}: {shape.parameter_count() / 1e6:.2f}M parameters, {tokens} tokens a step")
@@ -217,6 +235,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--attention", action="store_true", help="time ways of attention instead of the step")
+    parser.add_argument("--compiled", action="store_true", help="time ours with compiled layers too")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,4 +1,5 @@
-"""What holds for every test: one thread for each process's math, and no network for libraries that would ask it."""
+"""What holds for every test: one thread for each process's math, Triton interpreted where there is no GPU, and no
+network for libraries that would ask it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if not Path("/dev/nvidiactl").exists():
+    # Triton's own functions are interpreted or not from its first import on, and libraries import it unasked.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 # so that `python -m megatron.commands.cli` runs the tree under test from any working directory

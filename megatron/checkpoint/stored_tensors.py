@@ -46,12 +46,15 @@ class StoredTensors:
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """A new tensor on the CPU: the box of `shape` that begins at `offset`. Raises ValueError beyond the tensor."""
-        whole, wanted = self.shape(name), (tuple(offset), tuple(shape))
-        if len(offset) != len(whole) or any(
-            begin < 0 or n < 0 or begin + n > end for begin, n, end in zip(*wanted, whole, strict=True)
-        ):
-            raise ValueError(f"{name}: no box of {list(shape)} at {list(offset)} in a tensor of {list(whole)}")
+        self._check_box(name, offset, shape)
         box = torch.empty(tuple(shape), dtype=self.dtype(name))
+        self.read_into(box, name, offset)
+        return box
+
+    def read_into(self, box: Tensor, name: str, offset: Sequence[int]) -> None:
+        """The same into a tensor that is there: a part of a larger one needs no memory of its own."""
+        self._check_box(name, offset, box.shape)
+        wanted = (tuple(offset), tuple(box.shape))
         found = 0
         for shard in self._tensors[name]["shards"]:
             begin = tuple(shard["offset"])
@@ -64,7 +67,6 @@ class StoredTensors:
             found += prod(common[1])
         if found != box.numel():
             raise CheckpointError(f"{self._folder}: tensor {name}: found {found} of {box.numel()} elements of a box")
-        return box
 
     def whole(self, name: str) -> Tensor:
         """A new tensor on the CPU: all of it."""
@@ -74,6 +76,13 @@ class StoredTensors:
     def all(self) -> dict[str, Tensor]:
         """Every tensor whole, in memory."""
         return {name: self.whole(name) for name in self.names()}
+
+    def _check_box(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> None:
+        whole = self.shape(name)
+        if len(offset) != len(whole) or any(
+            begin < 0 or n < 0 or begin + n > end for begin, n, end in zip(offset, shape, whole, strict=True)
+        ):
+            raise ValueError(f"{name}: no box of {list(shape)} at {list(offset)} in a tensor of {list(whole)}")
 
     def _slice(self, file: str, name: str, box: tuple[slice, ...]) -> Tensor:
         path = self._folder / file

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_USAGE, IO_REMEDIES, StagemixError
+from megatron.launch.torchrun import tell_torchrun
 
 if TYPE_CHECKING:
     from megatron.config.schema import RunConfig
@@ -39,13 +40,13 @@ def run_command(main_function: Main, argv: list[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno not in IO_REMEDIES:
-            return _bug()
+            return _bug(error)
         _give_up_output()
         return _fail(f"{_describe(error)}: {IO_REMEDIES[error.errno]}", EXIT_IO)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except Exception:
-        return _bug()
+    except Exception as error:
+        return _bug(error)
 
 
 def _code_of(main_function: Main, argv: list[str] | None) -> int:
@@ -92,6 +93,7 @@ def _describe(error: OSError) -> str:
 
 
 def _fail(message: str, code: int) -> int:
+    tell_torchrun(message)
     try:
         print(f"error: {message}", file=sys.stderr, flush=True)
     except OSError:
@@ -99,7 +101,8 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _bug() -> int:
+def _bug(error: Exception) -> int:
+    tell_torchrun(f"{type(error).__name__}: {error}", trace=traceback.format_exc().rstrip())
     traceback.print_exc()
     return EXIT_BUG
 

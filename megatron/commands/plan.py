@@ -16,6 +16,7 @@ from rich.console import Console
 from megatron.commands.frame import config_arguments, load_from
 from megatron.commands.tables import clipped, console_for_tables, in_chunks, new_table
 from megatron.config.errors import ConfigError
+from megatron.config.layout import resolve_layout
 from megatron.config.load import json_schema
 from megatron.config.model_shape import VOCABULARY_MULTIPLE, resolve_model
 from megatron.config.quantities import format_count
@@ -95,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--processes {args.processes}: at least one is needed")
     config = load_from(args)
     ledger = read_ledger(args.ledger) if args.ledger else None
-    run = resolve_run(config, ledger=ledger, allow_lr_change=args.allow_lr_change)
+    layout = resolve_layout(config.parallel, args.processes) if args.processes else None
+    run = resolve_run(config, ledger=ledger, allow_lr_change=args.allow_lr_change, layout=layout)
     plan = plan_of(run, config.stages, config.train.tokens)
     plan["layout"], refused = _plan_layout(config, run, args.processes)
     plan["warnings"] = [*refused, *warnings_of(plan, config.tokenizer.path, _has_sentinels(config, plan))]
@@ -115,8 +117,7 @@ def _plan_layout(
     """The layout's part of the plan, and what train will say of a [model] table that is no decoder. A plan of the
     mixture needs none."""
     section = config.parallel
-    processes = processes or default_processes(section)
-    vocabulary = config.model.vocab_size or _vocabulary(config.tokenizer.path, processes)
+    vocabulary = config.model.vocab_size or _vocabulary(config.tokenizer.path, processes or default_processes(section))
     try:
         # One that every tensor size divides stands for a vocabulary that is not known yet.
         known = vocabulary or lcm(VOCABULARY_MULTIPLE, section.tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.config.quantities import format_count
 from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger, ledger_rows
 from megatron.metrics.report import render_report
-from megatron.metrics.report_data import ReportData, read_metrics
+from megatron.metrics.report_data import ReportData, layout_words, over_steps, read_metrics
 from megatron.planner.ledger_files import checkpoint_folders, read_ledger
 from megatron.planner.plan import plan_of
 from megatron.planner.resolve import resolve_run
@@ -87,7 +88,7 @@ def gather(run: Path, evaluations: list[Path]) -> ReportData:
         ledger=ledger_rows(ledger) if ledger else [],
         groups=groups,
         evaluations=[_evaluation(path) for path in evaluations],
-        facts=_facts(config, state, ledger),
+        facts=_facts(config, state, ledger, steps),
         config=config_file.read_text(encoding="utf-8") if config else "",
         parameters=ModelShape.from_json(state["model"]).parameter_count() if "model" in state else None,
         notes=notes,
@@ -146,8 +147,10 @@ def _evaluation(path: Path) -> dict[str, Any]:
     return record
 
 
-def _facts(config: RunConfig | None, state: dict[str, Any], ledger: Ledger | None) -> dict[str, str]:
-    """What ran, label by label; only what is known."""
+def _facts(
+    config: RunConfig | None, state: dict[str, Any], ledger: Ledger | None, steps: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """What ran, label by label; only what is known. What may change at a resume is given with its steps."""
     facts: dict[str, str] = {}
     if "model" in state:
         shape = ModelShape.from_json(state["model"])
@@ -157,9 +160,14 @@ def _facts(config: RunConfig | None, state: dict[str, Any], ledger: Ledger | Non
             f"({shape.num_key_value_heads} for keys and values), MLP {shape.intermediate_size}, {shape.norm}, "
             f"{'tied' if shape.tie_word_embeddings else 'untied'} head, vocabulary {shape.vocab_size}"
         )
+    if layout := over_steps(steps, layout_words):
+        facts["layout"] = layout
+    elif config is not None:
+        facts["engine"] = config.parallel.engine
+    if device := over_steps(steps, lambda start: start.get("device", "")):
+        facts["device"] = device
     if config is not None:
         batch = config.train
-        facts["engine"] = config.parallel.engine
         facts["batch"] = f"{batch.global_batch_size} sequences of {config.model.seq_length} tokens a step"
         facts["optimizer"] = config.optimizer.name
         facts["seed"] = str(config.run.seed)

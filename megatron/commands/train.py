@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from megatron.commands.frame import config_arguments, load_from
+from megatron.config.errors import ConfigError, StagemixError
+from megatron.launch.torchrun import may_be_one_of_several
 
 EPILOG = """\
 The run's folder (run.output in CONFIG) receives checkpoints/, metrics.jsonl, config.toml and exit.json. Starting the
@@ -15,12 +18,13 @@ SIGTERM, SIGINT (Ctrl-C) or SIGUSR1: the step is finished, a checkpoint saved, e
 
 Several processes share a run out as [parallel] says; what its axes leave of the processes is the data axis. Rank 0
 alone writes the folder and speaks. All end together: a signal to any rank stops all at the same step, and the first
-error of any ends all with its code. Give every process the same command line, files and versions: one that differs is
-refused by name.
+error of any ends all with its code, shown once by the rank whose it is. Give every process the same command line, files
+and versions: one that differs is refused by name.
 
 exit codes: 0 done · 2 config · 3 data · 4 checkpoint · 5 the config changes the past · 6 choice not available here ·
 8 losses are not finite · 9 a process hangs · 10 a process was lost · 74 disk · 75 stopped by a signal, start again to
-go on. A launcher may end with another: torchrun gives 1 for any failure. Read OUTPUT/exit.json.
+go on. A launcher may end with another: torchrun gives 1 for any failure. Read OUTPUT/exit.json, or the last lines of
+torchrun: "Root Cause" is the rank that failed first, its code and its message.
 
 examples:
   stagemix train run.toml
@@ -59,17 +63,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Where others may have been given the same words, a mistake in them is an error like any other: shown once."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError, or ends as argparse does."""
+        if may_be_one_of_several():
+            raise ConfigError(f"{self.prog}: {message}; {self.prog} --help shows what there is")
+        super().error(message)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Trains; gives the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stagemix train",
         description="Train a run through its training stages, or go on with it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    args = parser.parse_args(argv)
-    config = load_from(args)
+    try:
+        args = parser.parse_args(argv)
+        config = load_from(args)
+    except StagemixError as error:
+        if not may_be_one_of_several():
+            raise
+        from megatron.trainer.session import refuse
+
+        refuse(error)
     # torch takes seconds to load: --help and a mistake in the config should not wait for it.
     from megatron.trainer.resume import Start
     from megatron.trainer.session import run_training

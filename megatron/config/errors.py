@@ -42,7 +42,7 @@ class StagemixError(Exception):
 
 
 class ConfigError(StagemixError):
-    """A command line or a config file that cannot be carried out."""
+    """A command line or a config file that cannot be carried out, on no machine."""
 
     exit_code = EXIT_USAGE
 
@@ -66,7 +66,7 @@ class ChangedPastError(StagemixError):
 
 
 class UnavailableError(StagemixError):
-    """A choice that this machine or this installation cannot honour (law T3: no silent fallback)."""
+    """A choice that this machine or this installation cannot honour, and another might (law T3: no silent fallback)."""
 
     exit_code = EXIT_UNAVAILABLE
 

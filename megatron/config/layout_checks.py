@@ -1,18 +1,26 @@
 """Everything about a layout that can be refused before any process group is made. Free of torch.
 
-A refusal names the key and its value, shows the arithmetic, and says what to set. Sizes that do not fit and keys that
-contradict each other are ConfigError; what would fit and is not supported, or was never compared with one process (law
-T1), is UnavailableError.
+A refusal names the key and its value, shows the arithmetic, and says what to set. All are ConfigError, also what an
+engine does not support and what was never compared with one process (law T1): the config decides them alone, on every
+machine and installation the same. What another machine or installation could honour is UnavailableError, and is found
+by the part that would need it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from megatron.config.errors import ConfigError, StagemixError, UnavailableError
-from megatron.config.layout import Layout
-from megatron.config.layout_sizes import batch_refusals, sequence_refusals, stage_refusals, tensor_refusals
+from megatron.config.errors import ConfigError
+from megatron.config.layout import Layout, resolve_layout
+from megatron.config.layout_sizes import (
+    Choose,
+    any_of,
+    batch_refusals,
+    sequence_refusals,
+    stage_refusals,
+    tensor_refusals,
+)
 from megatron.config.model_shape import ModelShape
 from megatron.config.partition import partition_layers, stage_count
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
@@ -20,11 +28,13 @@ from megatron.config.tested_layouts import TESTED, combination_of
 
 _ZERO_STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
 _SPLIT_BACKWARD = ("zero-bubble", "zbv")
-Refusals = Iterator[StagemixError]
+Refusals = Iterator[ConfigError]
 
 _LACKS: dict[str, frozenset[str]] = {
     "torch": frozenset({"offload", "deepspeed_config"}),
-    "deepspeed": frozenset({"fp64", "data_replicate", "gradients in a pipeline", "split backward", "muon", "apex"}),
+    "deepspeed": frozenset(
+        {"fp64", "data_replicate", "gradients in a pipeline", "split backward", "muon", "other AdamW"}
+    ),
 }
 """By engine, what it cannot do and another can."""
 
@@ -62,26 +72,71 @@ def refusals(
     optimizer: OptimizerSection,
     batches: Sequence[BatchShape],
     precision: str,
+    processes_known: bool = True,
+) -> list[ConfigError]:
+    """All that is wrong with a layout, keys before sizes; arguments as of `check_layout`.
+
+    processes_known: the number of processes stays what it is, so that other sizes of an axis are recommended only where
+    nothing is refused of the layout that they give.
+    """
+
+    def found(there: ParallelSection, over: Layout, choose: Choose) -> list[ConfigError]:
+        return list(_refusals(there, over, shape, train, optimizer, batches, precision, choose))
+
+    def passes(key: str, value: Any) -> bool:
+        changed = section.model_copy(update={key: value})
+        try:
+            return not found(changed, resolve_layout(changed, layout.world_size), any_of)
+        except ConfigError:
+            return False
+
+    def choose(key: str, values: Sequence[Any]) -> list[Any]:
+        passing = [value for value in values if passes(key, value)]
+        # Of several faults, one remedy cannot mend all: then the sizes that mend this one.
+        return passing if passing or len(now) == 1 else list(values)
+
+    now = found(section, layout, any_of)
+    return found(section, layout, choose) if now and processes_known else now
+
+
+def _refusals(
+    section: ParallelSection,
+    layout: Layout,
+    shape: ModelShape,
+    train: TrainSection,
+    optimizer: OptimizerSection,
+    batches: Sequence[BatchShape],
+    precision: str,
+    choose: Choose,
 ) -> Refusals:
-    """All that is wrong with a layout, keys before sizes; arguments as of `check_layout`."""
     keys = [*_keys_without_effect(section, layout), *_pairs(section, layout), *_optimizers(section, layout, optimizer)]
     if precision == "fp64" and "fp64" in _LACKS[section.engine]:
         words = "train.precision = fp64 with parallel.engine = deepspeed: DeepSpeed's optimizers compute in float32 "
-        keys.append(
-            UnavailableError(words + "at most; set train.precision to fp32 or bf16, or parallel.engine = torch")
-        )
+        keys.append(ConfigError(words + "at most; set train.precision to fp32 or bf16, or parallel.engine = torch"))
     yield from keys
-    yield from tensor_refusals(section.tensor, shape)
-    yield from stage_refusals(section, shape)
-    for batch in dict.fromkeys(batches):
-        yield from sequence_refusals(section, shape, batch.seq_length)
+    yield from _gradient_refusals(section, layout, train, precision)
+    yield from tensor_refusals(section.tensor, shape, choose)
+    yield from stage_refusals(section, shape, choose)
+    for length in dict.fromkeys(batch.seq_length for batch in batches):
+        yield from sequence_refusals(section, shape, length, choose)
     for size in dict.fromkeys(batch.global_batch_size for batch in batches):
         yield from batch_refusals(section, layout, train.micro_batch_size, size)
     found = combination_of(section, layout)
     if not keys and found not in TESTED:
-        yield UnavailableError(
+        yield ConfigError(
             f"the layout {found.words()} was never compared with one process, and what was not is refused: leave one "
             "of its axes out (docs/parallel.md lists what was compared)"
+        )
+
+
+def _gradient_refusals(section: ParallelSection, layout: Layout, train: TrainSection, precision: str) -> Refusals:
+    """Narrow gradients are what one process of the torch engine adds up beside its narrow copy."""
+    possible = section.engine == "torch" and layout.world_size == 1 and precision in ("bf16", "auto")
+    if train.gradients == "bf16" and not possible:
+        yield ConfigError(
+            "train.gradients = bf16 is for one process of the torch engine in bf16, and this is "
+            f"{layout.world_size} of the {section.engine} engine in {precision}: set train.gradients to fp32 (several "
+            "processes save memory by parallel.data_shard)"
         )
 
 
@@ -218,7 +273,7 @@ def _pairs(section: ParallelSection, layout: Layout) -> Refusals:
             "or parallel.schedule to 1f1b or interleaved"
         )
     if section.data_replicate > 1 and "data_replicate" in lacks:
-        yield UnavailableError(
+        yield ConfigError(
             f"parallel.data_replicate {section.data_replicate} with parallel.engine = deepspeed is not supported: "
             "leave it out, or set parallel.engine = torch"
         )
@@ -240,22 +295,23 @@ def _optimizers(section: ParallelSection, layout: Layout, optimizer: OptimizerSe
                 "1 and parallel.data_shard = none, or optimizer.name = adamw"
             )
         if "muon" in _LACKS[section.engine]:
-            yield UnavailableError(
+            yield ConfigError(
                 "optimizer.name = muon with parallel.engine = deepspeed is not supported: set parallel.engine = torch, "
                 "or optimizer.name = adamw"
             )
     if section.offload != "none" and optimizer.name != "adamw":
-        yield UnavailableError(
+        yield ConfigError(
             f"parallel.offload = {section.offload} runs AdamW on the host, and optimizer.name is {optimizer.name}: set "
             "optimizer.name = adamw, or leave parallel.offload out"
         )
-    if optimizer.implementation == "apex" and optimizer.name != "adamw":
+    other = optimizer.implementation
+    if other != "torch" and optimizer.name != "adamw":
         yield ConfigError(
-            f"optimizer.implementation = apex is for AdamW, and optimizer.name is {optimizer.name}: set optimizer.name "
-            "= adamw, or leave optimizer.implementation out"
+            f"optimizer.implementation = {other} is for AdamW, and optimizer.name is {optimizer.name}: set "
+            "optimizer.name = adamw, or leave optimizer.implementation out"
         )
-    if optimizer.implementation == "apex" and "apex" in _LACKS[section.engine]:
-        yield UnavailableError(
-            "optimizer.implementation = apex with parallel.engine = deepspeed is not supported: DeepSpeed brings its "
-            "own; set parallel.engine = torch, or leave optimizer.implementation out"
+    if other != "torch" and "other AdamW" in _LACKS[section.engine]:
+        yield ConfigError(
+            f"optimizer.implementation = {other} with parallel.engine = deepspeed is not supported: DeepSpeed brings "
+            "its own; set parallel.engine = torch, or leave optimizer.implementation out"
         )

@@ -123,6 +123,13 @@ class TrainSection(Section):
     global_batch_size: int = Field(ge=1, description="sequences in an optimizer step")
     micro_batch_size: int = Field(1, ge=1, description="sequences in one forward pass")
     precision: Literal["auto", "fp64", "fp32", "bf16"] = Field("auto", description="auto: measured once, at step 0")
+    gradients: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of bf16: in what they are added up over a step; bf16 where memory asks (one process)"
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="adds this x log(sum of exp(logits))^2 to what is minimised; reported losses lack it"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all words")
     tokens: Count | None = Field(None, description="length of the whole run, for stages given as a share")
     max_non_finite: int = Field(10, ge=1, description="steps in a row without an update before the run stops")
 
@@ -133,7 +140,7 @@ class OptimizerSection(Section):
     name: Literal["adamw", "sgd", "muon"] = Field(
         "adamw", description="muon: for the matrices of layers; embedding, head, norms and biases stay with AdamW"
     )
-    implementation: Literal["torch", "apex"] = Field("torch", description="whose fused kernel runs AdamW")
+    implementation: Literal["torch", "apex", "triton"] = Field("torch", description="whose fused kernel runs AdamW")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -275,6 +282,27 @@ class ParallelSection(Section):
     deepspeed_config: str | None = Field(None, description="DeepSpeed's own JSON, for its own knobs")
 
 
+Backend = Literal["auto", "eager", "compile", "triton"]
+
+
+class KernelsSection(Section):
+    """Which implementation of each operation runs. auto: the quickest that can run here, measured once at step 0 on a
+    GPU, kept with the checkpoint; on CPUs eager, which is measured in docs/performance.md."""
+
+    norm: Backend = "auto"
+    rope: Backend = "auto"
+    activation: Backend = "auto"
+    cross_entropy: Literal["auto", "eager", "triton"] = "auto"
+    product: Literal["auto", "torch", "onednn"] = Field(
+        "auto", description="whose float32 matrix products run on CPUs; auto: the quicker, measured at step 0"
+    )
+    attention: Literal["auto", "blockwise", "sdpa", "varlen", "cudnn", "flex", "unfused"] = "auto"
+    compile: Literal["auto", "none", "layers"] = Field(
+        "auto", description="layers: each layer is compiled in place; auto: on GPUs, where the layout allows it"
+    )
+    fp8: bool = Field(False, description="products of layers in fp8 (tensorwise scales); GPUs since Ada and Hopper")
+
+
 class HealthSection(Section):
     """How a job of several processes notices that one of them is lost or hangs."""
 
@@ -315,6 +343,7 @@ class RunConfig(Section):
         description="stages that are never trained, for like, reverse, aggregate_of and blend",
     )
     parallel: ParallelSection = ParallelSection()
+    kernels: KernelsSection = KernelsSection()
     checkpoint: CheckpointSection = CheckpointSection()
     health: HealthSection = HealthSection()
     log: LogSection = LogSection()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -60,11 +60,43 @@ class StepResult:
     reason: str = ""
 
 
+class LaunchedStep(Protocol):
+    """A step whose work has been handed to the device, and perhaps is not done."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether `result` waits for nothing."""
+
+    def result(self) -> StepResult:
+        """What it did; waits for the device where it must."""
+
+
+@dataclass(frozen=True)
+class DoneStep:
+    """A step that is done."""
+
+    done: StepResult
+    ready: bool = True
+
+    def result(self) -> StepResult:
+        """What it did."""
+        return self.done
+
+
 @dataclass(frozen=True)
 class PrecisionChoice:
     """The precision that runs (fp64, fp32 or bf16) and why, in words with figures, for the log and the checkpoint."""
 
     name: str
+    reason: str
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernels that run, as fields of `kernels.choice.Kernels`, and why, for the log and the checkpoint."""
+
+    kernels: dict[str, Any]
     reason: str
     milliseconds: dict[str, float] = field(default_factory=dict)
 
@@ -76,12 +108,15 @@ class Engine(Protocol):
     that it holds. Every method but describe and parameter_count is called by all ranks together.
     """
 
-    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
-        """One optimizer step at learning rate lr.
+    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> LaunchedStep:
+        """One optimizer step at learning rate lr. Whatever is called next on the engine sees weights after it.
 
         Data rank r of n is given rows r*B/n to (r+1)*B/n of the global batch of B, whatever else it shares them with.
         The result is that of the global batch, on every rank.
         """
+
+    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
+        """`launch_step` and its result at once."""
 
     def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:
         """Source id -> (sum of losses in nats, valid targets). Changes no state, random state included.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import UnavailableError
@@ -18,11 +19,24 @@ from megatron.engines.model_parts import InitialWeights, ModelParts, build_parts
 from megatron.engines.precision import COMPUTE_DTYPES
 from megatron.engines.sharded_weights import ShardedWeights
 from megatron.engines.torch_engine import TorchEngine, Weights
-from megatron.models.attention import AttentionBackend
+from megatron.kernels.choice import Kernels
+from megatron.models.compiled_layers import compile_layers
+from megatron.models.decoder import Decoder
 from megatron.models.recompute import apply_recompute
 from megatron.optim.build import describe_optimizer
 from megatron.parallel.mesh import Mesh, one_process_mesh
 from megatron.parallel.pipeline import SPLIT_BACKWARD
+
+OBJECTIVES = ("z_loss", "label_smoothing")
+"""Keys of [train] that say what is minimised beside cross-entropy."""
+ATTENTION_WORDS = {
+    "sdpa": "torch's SDPA",
+    "blockwise": "block-wise GEMMs",
+    "varlen": "torch's variable-length attention",
+    "cudnn": "cuDNN's variable-length attention",
+    "flex": "torch's FlexAttention",
+    "unfused": "two products around a masked softmax",
+}
 
 
 def build_engine(
@@ -34,11 +48,12 @@ def build_engine(
     precision: str,
     mesh: Mesh | None = None,
     weights: TensorSource | None = None,
+    kernels: Kernels | None = None,
 ) -> Engine:
     """An engine with the given weights, or with initial ones from `seed`, the same at every layout.
 
     precision: a resolved name, from `choose_precision` or from the checkpoint that is resumed: fp64, fp32 or bf16.
-    mesh: this process's place; one process where absent.
+    mesh: this process's place; one process where absent. kernels: from `choose_kernels`; the definitions where absent.
     Raises ConfigError where [parallel] asks for other ranks than there are, UnavailableError for what cannot run here.
     """
     mesh = mesh or one_process_mesh()
@@ -47,10 +62,13 @@ def build_engine(
     _refuse_what_this_torch_cannot(parallel_section)
     if precision not in COMPUTE_DTYPES:
         raise ValueError(f"precision {precision!r} is not resolved: give choose_precision's name")
-    backend = attention_backend(mesh.device)
+    kernels = kernels or default_kernels(mesh.device)
     master = torch.float64 if precision == "fp64" else torch.float32
-    parts = build_parts(shape, parallel_section, mesh, backend, master, seed)
-    description = _describe(parts, optimizer_section, parallel_section, precision, mesh, backend)
+    objective = {name: value for name in OBJECTIVES if (value := getattr(train_section, name))}
+    parts = build_parts(shape, parallel_section, mesh, kernels, master, seed, objective)
+    description = _describe(
+        parts, optimizer_section, parallel_section, precision, mesh, kernels, train_section.gradients
+    )
     engine: Engine
     if parallel_section.engine == "deepspeed":
         from megatron.engines.deepspeed_engine import build_deepspeed_engine
@@ -59,7 +77,8 @@ def build_engine(
             parts, mesh, optimizer_section, parallel_section, precision, description, train_section
         )
     else:
-        engine = _torch_engine(shape, parts, optimizer_section, parallel_section, precision, mesh, description)
+        narrow = train_section.gradients == "bf16"
+        engine = _torch_engine(shape, parts, optimizer_section, parallel_section, precision, mesh, description, narrow)
     engine.load_model_state(weights or InitialWeights(shape, seed))
     return engine
 
@@ -72,17 +91,18 @@ def _torch_engine(
     precision: str,
     mesh: Mesh,
     description: Mapping[str, str],
+    narrow_gradients: bool,
 ) -> TorchEngine:
     dtype = COMPUTE_DTYPES[precision]
     recompute = parallel.recompute, parallel.recompute_policy, parallel.recompute_layers
     weights: Weights
     if mesh.world_size == 1:
         (model,) = parts.modules
-        weights = MasterWeights(model.to_empty(device=mesh.device), dtype)
-        apply_recompute(weights.modules[0], *recompute)  # bf16 runs in a copy of the masters' model
+        weights = MasterWeights(model.to_empty(device=mesh.device), dtype, narrow_gradients)
+        _prepare(weights.modules[0], recompute)  # bf16 runs in a copy of the masters' model
     else:
         for module in parts.modules:
-            apply_recompute(module, *recompute)  # FSDP2 wraps what is there
+            _prepare(module, recompute)  # FSDP2 wraps what is there
         weights = ShardedWeights(parts.modules, mesh, parallel.data_shard, dtype)
     pipeline = build_pipeline(parts, weights.modules, parallel, mesh, dtype)
     return TorchEngine(weights, optimizer, mesh, whole_parameters(shape), description, pipeline)
@@ -98,9 +118,17 @@ def _refuse_what_this_torch_cannot(section: ParallelSection) -> None:
         )
 
 
-def attention_backend(device: torch.device) -> AttentionBackend:
-    """The attention that runs on a device, by measurement (kernels/attention_blockwise.py has the figures)."""
-    return "blockwise" if device.type == "cpu" else "sdpa"
+def default_kernels(device: torch.device) -> Kernels:
+    """The definitions; attention by measurement (kernels/attention_blockwise.py has the figures)."""
+    return Kernels(attention="blockwise" if device.type == "cpu" else "sdpa")
+
+
+def _prepare(model: nn.Module, recompute: tuple[str, str, int | None]) -> None:
+    """Compiles layers, then has them recomputed: what is kept and made again is then a compiled layer's input."""
+    assert isinstance(model, Decoder)
+    if model.kernels.compile_layers:
+        compile_layers(model)
+    apply_recompute(model, *recompute)
 
 
 def _describe(
@@ -109,7 +137,8 @@ def _describe(
     parallel: ParallelSection,
     precision: str,
     mesh: Mesh,
-    backend: AttentionBackend,
+    kernels: Kernels,
+    gradients: str,
 ) -> dict[str, str]:
     words = {"engine": parallel.engine, "device": _device_words(mesh.device)}
     if mesh.world_size > 1:
@@ -123,8 +152,9 @@ def _describe(
     if parallel.recompute != "none":
         words["recompute"] = parallel.recompute
     return words | {
-        "precision": {"bf16": "bf16, fp32 master weights"}.get(precision, precision),
-        "attention": {"sdpa": "torch's SDPA", "blockwise": "block-wise GEMMs"}[backend],
+        "precision": {"bf16": f"bf16, fp32 master weights, {gradients} gradients"}.get(precision, precision),
+        "attention": ATTENTION_WORDS[kernels.attention],
+        "kernels": kernels.words(),
         "optimizer": describe_optimizer(optimizer),
         "memory": keep_freed_memory() if mesh.device.type == "cpu" else "torch's caching allocator",
         "torch": torch.__version__,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.config.errors import ConfigError, UnavailableError
+from megatron.config.errors import ConfigError
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 
 ZERO_STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
@@ -50,18 +50,18 @@ _WORDS: dict[type, str] = {bool: "true or false", int: "a whole number"}
 
 
 def refuse_what_deepspeed_cannot(parallel: ParallelSection, optimizer: OptimizerSection, precision: str) -> None:
-    """Raises UnavailableError for choices that only the torch engine carries out, ConfigError for contradictions."""
+    """Raises ConfigError for choices that only the torch engine carries out, and for contradictions."""
     other = 'set parallel.engine = "torch"'
     if precision == "fp64":
-        raise UnavailableError(f"train.precision fp64 cannot run on DeepSpeed, which keeps float32 masters: {other}")
+        raise ConfigError(f"train.precision fp64 cannot run on DeepSpeed, which keeps float32 masters: {other}")
     if optimizer.name == "muon":
-        raise UnavailableError(f'optimizer.name "muon" is not available with DeepSpeed: {other}, or use "adamw"')
+        raise ConfigError(f'optimizer.name "muon" is not available with DeepSpeed: {other}, or use "adamw"')
     if optimizer.implementation != "torch":
-        raise UnavailableError(
+        raise ConfigError(
             f'optimizer.implementation "{optimizer.implementation}" is not available with DeepSpeed: {other}'
         )
     if parallel.data_shard != "none" and parallel.data_replicate > 1:
-        raise UnavailableError(
+        raise ConfigError(
             f"parallel.data_replicate {parallel.data_replicate} is not available with DeepSpeed, which cuts over all "
             f"data ranks: set it to 1, or {other}"
         )
@@ -81,7 +81,7 @@ def refuse_what_deepspeed_cannot(parallel: ParallelSection, optimizer: Optimizer
             "offloads what ZeRO cuts (one rank is enough)"
         )
     if parallel.offload == "optimizer" and optimizer.name != "adamw":
-        raise UnavailableError(
+        raise ConfigError(
             f'parallel.offload "optimizer" runs adamw on the host, and optimizer.name is "{optimizer.name}": set '
             'parallel.offload = "none"'
         )

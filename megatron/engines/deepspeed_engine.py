@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
 from megatron.config.errors import UnavailableError
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
-from megatron.engines.base import MicrobatchLike, StepResult
+from megatron.engines.base import DoneStep, MicrobatchLike, StepResult
 from megatron.engines.deepspeed_config import ZERO_STAGES, deepspeed_config, refuse_what_deepspeed_cannot
 from megatron.engines.deepspeed_pieces import LocalParameter, Piece, parameters_of, run_of
 from megatron.engines.deepspeed_ranks import DeepSpeedRanks
@@ -150,7 +150,7 @@ class DeepSpeedEngine(MeshEngine):
         for master in self._masters:
             master.refresh()
 
-    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
+    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> DoneStep:
         """One update from the mean loss over the valid targets of all microbatches of all data ranks."""
         valid = valid_targets(self._mesh, [m.targets for m in microbatches])
         if valid == 0:
@@ -165,7 +165,7 @@ class DeepSpeedEngine(MeshEngine):
         grad_norm = self._update() if self._stage else self._update_masters(loss)
         reason = not_finite(loss, grad_norm)
         self._state.began |= not reason
-        return StepResult(loss, by_source, grad_norm, valid, not reason, reason)
+        return DoneStep(StepResult(loss, by_source, grad_norm, valid, not reason, reason))
 
     def _forward_backward(self, placed: Sequence[Rows], scale: float) -> Tensor | None:
         """Gradients of scale x the losses; each row's sum of losses, where the head is held.

@@ -13,6 +13,18 @@ from megatron.config.errors import CheckpointError
 from megatron.parallel.axis import Axis
 from megatron.parallel.mesh import Mesh, sum_over, sum_over_ends
 
+Squares = Callable[[Sequence[Tensor], torch.device], Tensor]
+"""(tensors, device) -> the sum of the squares of all elements, float64 without dimensions, on the device."""
+
+
+def of_all_tensors(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """`Squares` by torch's multi-tensor norm, in float32 at least."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    wide = torch.float64 if tensors and tensors[0].dtype == torch.float64 else torch.float32
+    for norm in torch._foreach_norm(list(tensors), 2, wide) if tensors else []:
+        total += norm.double().square()
+    return total
+
 
 @dataclass(frozen=True)
 class Held:
@@ -105,15 +117,16 @@ def _sum_flat(gradients: list[Tensor | None], axis: Axis) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def squared_norm(gradients: Mapping[str, Tensor], held: Iterable[Held], mesh: Mesh) -> Tensor:
+def squared_norm(
+    gradients: Mapping[str, Tensor], held: Iterable[Held], mesh: Mesh, squares: Squares = of_all_tensors
+) -> Tensor:
     """The square of the whole gradient's 2-norm, float64, the same on every rank: each element counts once."""
     mine = [gradients[item.key] for item in held if item.owned and item.local.numel()]
-    return sum_of_squares(mine, mesh.everyone, mesh.device)
+    return sum_of_squares(mine, mesh.everyone, mesh.device, squares)
 
 
-def sum_of_squares(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Tensor:
+def sum_of_squares(
+    tensors: Sequence[Tensor], axis: Axis, device: torch.device, squares: Squares = of_all_tensors
+) -> Tensor:
     """Of all elements of the tensors of all ranks of the axis, float64, the same on every one."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for norm in torch._foreach_norm(list(tensors)) if tensors else []:
-        total += norm.double().square()
-    return sum_over(total, axis)
+    return sum_over(squares(tensors, device), axis)

@@ -1,6 +1,8 @@
 """Master weights of one process in float32 (or 64) and, for bfloat16, the copy that computes.
 
-The copy is cast once a step, not once a use; its gradients are added to the masters' in float32 after each microbatch.
+The copy is cast once a step, not once a use; its gradients are added to the masters' in float32 after each microbatch,
+or, where memory asks for it (`train.gradients = "bf16"`), kept and added up as narrow as they are: 16 bytes a parameter
+through a step instead of 20.
 All of it is narrow, norms too, as FSDP2's copies are on many ranks: the layout changes nothing.
 """
 
@@ -13,12 +15,15 @@ from torch import Tensor, nn
 
 from megatron.engines.held import Held
 from megatron.models.decoder import Decoder
+from megatron.models.joined import join
 
 
 class MasterWeights:
     """`held`: the masters. `modules`: what runs forward and backward."""
 
-    def __init__(self, master: Decoder, compute_dtype: torch.dtype) -> None:
+    def __init__(self, master: Decoder, compute_dtype: torch.dtype, narrow_gradients: bool = False) -> None:
+        if _may_join(master):
+            join(master)
         self._parameters: dict[str, nn.Parameter] = dict(master.named_parameters())
         self._wide: list[nn.Parameter] = []
         self._narrow: list[nn.Parameter] = []
@@ -26,11 +31,14 @@ class MasterWeights:
         if any(p.dtype != compute_dtype for p in master.parameters()):
             model = self._copy(master, compute_dtype)
         self.modules: Sequence[nn.Module] = (model,)
-        self.held = [_hold(name, parameter) for name, parameter in self._parameters.items()]
+        self._narrow_gradients = narrow_gradients and bool(self._narrow)
+        computing = dict(model.named_parameters()) if self._narrow_gradients else self._parameters
+        self.held = [_hold(name, parameter, computing[name]) for name, parameter in self._parameters.items()]
 
     def _copy(self, master: Decoder, dtype: torch.dtype) -> Decoder:
         with torch.device("meta"):
-            copy = Decoder(master.shape, master.backend, master.place, master.seed)
+            copy = Decoder(master.shape, master.kernels, master.place, master.seed)
+        copy.objective = master.objective
         for prefix, module in copy.named_modules():
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
                 wide = self._parameters[f"{prefix}.{name}"]
@@ -38,6 +46,8 @@ class MasterWeights:
                 setattr(module, name, narrow)
                 self._wide.append(wide)
                 self._narrow.append(narrow)
+        if _may_join(copy):
+            join(copy)
         return copy
 
     def before_backward(self, last: bool) -> None:
@@ -46,6 +56,8 @@ class MasterWeights:
     @torch.no_grad()
     def collect(self) -> None:
         """Adds the copy's gradients to the masters' and drops them, after each backward pass."""
+        if self._narrow_gradients:
+            return
         for wide, narrow in zip(self._wide, self._narrow, strict=True):
             if narrow.grad is not None:
                 _add(narrow, wide)
@@ -54,6 +66,11 @@ class MasterWeights:
         """From now on each gradient is added as soon as it is there: a pipeline runs many microbatches in one call."""
         for wide, narrow in zip(self._wide, self._narrow, strict=True):
             narrow.register_post_accumulate_grad_hook(lambda part, wide=wide: _add(part, wide))
+
+    def copies(self) -> dict[str, Tensor]:
+        """What computes, by parameter name, where it is not the masters themselves."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        return {names[id(wide)]: narrow.detach() for wide, narrow in zip(self._wide, self._narrow, strict=True)}
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -67,6 +84,10 @@ class MasterWeights:
             parameter.grad = None
 
 
+def _may_join(model: Decoder) -> bool:
+    return model.place.tensor.alone and not model.place.split_backward and not model.kernels.fp8
+
+
 def _add(narrow: nn.Parameter, wide: nn.Parameter) -> None:
     assert narrow.grad is not None
     if wide.grad is None:
@@ -76,11 +97,11 @@ def _add(narrow: nn.Parameter, wide: nn.Parameter) -> None:
     narrow.grad = None
 
 
-def _hold(name: str, parameter: nn.Parameter) -> Held:
+def _hold(name: str, parameter: nn.Parameter, computing: nn.Parameter) -> Held:
     shape = tuple(parameter.shape)
     local = parameter.detach()
 
     def gradient() -> Tensor | None:
-        return parameter.grad
+        return computing.grad
 
     return Held(name, local, shape, (0,) * len(shape), True, False, False, gradient)

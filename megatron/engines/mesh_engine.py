@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.errors import CheckpointError
-from megatron.engines.base import MicrobatchLike, StepResult
+from megatron.engines.base import DoneStep, LaunchedStep, MicrobatchLike, StepResult
 from megatron.engines.row_losses import RowLosses, gather_rows
+from megatron.kernels.document_lengths import document_bounds
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline import Pipeline, Rows
 
@@ -30,6 +31,8 @@ class MeshEngine:
 
     def _run(self, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
         """(scale x the sum of losses [1], each row's sum of losses)."""
+        for module in self._computing():
+            module.bounds = rows.bounds  # type: ignore[assignment]
         return self._model(  # type: ignore[no-any-return]
             rows.tokens,
             rows.document_ids,
@@ -42,10 +45,18 @@ class MeshEngine:
         """Each row's sum of losses without training, float64 [n]; None where the head is on another rank."""
         return self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
 
-    def _nothing_to_learn(self, microbatches: Sequence[MicrobatchLike]) -> StepResult:
+    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> LaunchedStep:
+        """One optimizer step."""
+        raise NotImplementedError
+
+    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
+        """One optimizer step and what it did."""
+        return self.launch_step(microbatches, lr).result()
+
+    def _nothing_to_learn(self, microbatches: Sequence[MicrobatchLike]) -> DoneStep:
         """Of a batch without a valid target."""
         by_source = self._gather(microbatches, None).by_source()
-        return StepResult(0.0, by_source, 0.0, 0, False, "no target of the batch is valid")
+        return DoneStep(StepResult(0.0, by_source, 0.0, 0, False, "no target of the batch is valid"))
 
     def _computing(self) -> Sequence[nn.Module]:
         """The modules that run."""
@@ -103,7 +114,9 @@ class MeshEngine:
 
     def _place(self, m: MicrobatchLike) -> Rows:
         tensors = (m.tokens, m.targets, m.document_ids, m.sample_numbers)
-        return Rows(*(tensor.to(self._mesh.device, non_blocking=True) for tensor in tensors))
+        # What the host can count, no kernel has to ask the device for.
+        bounds = document_bounds(m.document_ids) if m.document_ids.device.type == "cpu" else None
+        return Rows(*(tensor.to(self._mesh.device, non_blocking=True) for tensor in tensors), bounds=bounds)
 
     def _gather(self, microbatches: Sequence[MicrobatchLike], losses: Tensor | None) -> RowLosses:
         """The table of a training batch, of which every data rank has an equal part."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from megatron.config.model_shape import ModelShape
 from megatron.config.partition import partition_layers, stage_count, stage_numbers
 from megatron.config.schema import ParallelSection
-from megatron.models.attention import AttentionBackend
+from megatron.kernels.choice import Kernels
 from megatron.models.decoder import Decoder
 from megatron.models.initialise import initial_value
 from megatron.parallel.mesh import Mesh
@@ -31,9 +32,15 @@ class ModelParts:
 
 
 def build_parts(
-    shape: ModelShape, section: ParallelSection, mesh: Mesh, backend: AttentionBackend, dtype: torch.dtype, seed: int
+    shape: ModelShape,
+    section: ParallelSection,
+    mesh: Mesh,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    seed: int,
+    objective: Mapping[str, float] = MappingProxyType({}),
 ) -> ModelParts:
-    """Modules on the meta device, in the master weights' dtype."""
+    """Modules on the meta device, in the master weights' dtype. objective: see `Decoder`."""
     count = stage_count(section)
     layers = partition_layers(shape, count, shape.max_position_embeddings)
     owners = [0] * count
@@ -54,7 +61,8 @@ def build_parts(
                 last=number == count - 1,
                 split_backward=section.pipeline > 1 and section.schedule in SPLIT_BACKWARD,
             )
-            modules.append(Decoder(shape, backend, place, seed).to(dtype))
+            modules.append(Decoder(shape, kernels, place, seed).to(dtype))
+            modules[-1].objective = dict(objective)
     return ModelParts(tuple(modules), tuple(numbers), layers, tuple(owners))
 
 

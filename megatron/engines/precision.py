@@ -10,8 +10,8 @@ import torch
 from megatron.config.errors import ConfigError, UnavailableError
 from megatron.config.model_shape import ModelShape
 from megatron.engines.base import PrecisionChoice
-from megatron.models.attention import AttentionBackend
-from megatron.models.decoder import Decoder
+from megatron.kernels.choice import Kernels
+from megatron.models.decoder import EAGER, Decoder
 from megatron.models.initialise import initialise
 from megatron.parallel.mesh import launched, local_device
 from megatron.parallel.random import keyed_generator
@@ -42,7 +42,7 @@ def choose_precision(
     micro_batch: int,
     seq_length: int,
     device: torch.device | None = None,
-    backend: AttentionBackend = "blockwise",
+    kernels: Kernels = EAGER,
 ) -> PrecisionChoice:
     """The precision for a run, with its reason in words and figures.
 
@@ -63,14 +63,14 @@ def choose_precision(
         return PrecisionChoice("fp32", f"fp32: {obstacle}")
     if device.type == "cuda":
         return PrecisionChoice("bf16", "bf16: the GPU has it")
-    times = _measure(shape, micro_batch, seq_length, backend)
+    times = _measure(shape, micro_batch, seq_length, kernels)
     name = "bf16" if times["bf16"] <= _WORTH_IT * times["fp32"] else "fp32"
     figures = ", ".join(f"{key} {value:.1f} ms" for key, value in times.items())
     size = f"{micro_batch} x {seq_length} tokens through {min(_PROBE_LAYERS, shape.num_hidden_layers)} layers"
     return PrecisionChoice(name, f"{name}: measured forward and backward of {size} and the head: {figures}", times)
 
 
-def _measure(shape: ModelShape, micro_batch: int, seq_length: int, backend: AttentionBackend) -> dict[str, float]:
+def _measure(shape: ModelShape, micro_batch: int, seq_length: int, kernels: Kernels) -> dict[str, float]:
     """Best milliseconds of each precision, taken in turns so that a busy machine is unfair to neither."""
     probe = dataclasses.replace(shape, num_hidden_layers=min(_PROBE_LAYERS, shape.num_hidden_layers))
     generator = keyed_generator("precision probe")
@@ -80,7 +80,7 @@ def _measure(shape: ModelShape, micro_batch: int, seq_length: int, backend: Atte
     best: dict[str, float] = {}
     models: dict[str, Decoder] = {}
     for name in ("fp32", "bf16"):
-        models[name] = Decoder(probe, backend).to(COMPUTE_DTYPES[name])
+        models[name] = Decoder(probe, kernels).to(COMPUTE_DTYPES[name])
         initialise(models[name], 0)
     for round_number in range(1 + _PROBE_ROUNDS):
         for name, model in models.items():

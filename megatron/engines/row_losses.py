@@ -50,6 +50,8 @@ def gather_rows(
     if losses is not None and place.tensor == 0:
         table[0, own] = losses.to(table.device)
     if place.tensor == place.context == place.pipeline == 0:
-        table[1, own] = torch.cat([(target != IGNORED).sum(1) for target in targets]).to(table)
-        table[2, own] = torch.cat(list(sources)).to(table)
+        # What the loader made lies on the host; nobody waits for its copy.
+        counts = torch.cat([(target != IGNORED).sum(1) for target in targets])
+        table[1, own] = counts.to(table.device, table.dtype, non_blocking=True)
+        table[2, own] = torch.cat(list(sources)).to(table.device, table.dtype, non_blocking=True)
     return RowLosses(sum_over(table, mesh.everyone))

@@ -79,6 +79,10 @@ class ShardedWeights:
     def collect(self) -> None:
         """Nothing to do: FSDP2 adds up and reduces in float32."""
 
+    def copies(self) -> dict[str, Tensor]:
+        """None: FSDP2 casts what it gathers."""
+        return {}
+
     def refresh(self) -> None:
         """Drops gathered copies, so that the next forward pass gathers the masters as they are now."""
         for part in self._wrapped:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,19 @@ from torch import Tensor, nn
 from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
 from megatron.config.errors import CheckpointError
 from megatron.config.schema import OptimizerSection
-from megatron.engines.base import MicrobatchLike, StepResult
-from megatron.engines.held import Held, check_names, fill, finish_gradients, squared_norm
+from megatron.engines.base import LaunchedStep, MicrobatchLike, StepResult
+from megatron.engines.held import Held, check_names, fill, finish_gradients, of_all_tensors, squared_norm
 from megatron.engines.mesh_engine import MeshEngine, not_finite
-from megatron.engines.row_losses import valid_targets
-from megatron.optim.build import build_optimizer, check_state_names, flatten_state, load_state
+from megatron.engines.row_losses import RowLosses, valid_targets
+from megatron.optim.build import (
+    build_optimizer,
+    check_state_names,
+    flatten_state,
+    load_state,
+    squares_of,
+    waits_for_no_numbers,
+)
+from megatron.optim.triton_adamw import TritonAdamW
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline import Pipeline, Rows
 
@@ -32,11 +41,34 @@ class Weights(Protocol):
     def collect(self) -> None:
         """After each microbatch's backward pass."""
 
+    def copies(self) -> dict[str, Tensor]:
+        """By key: narrow copies of the masters that compute."""
+
     def refresh(self) -> None:
         """After the masters have changed, or weights were only looked at."""
 
     def drop_gradients(self) -> None:
         """Forgets all gradients."""
+
+
+@dataclass
+class TorchStep:
+    """A step's numbers where they were computed; `result` brings them to the host, once."""
+
+    table: RowLosses
+    grad_norm: Tensor
+    valid: int
+    ready: bool
+    _result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        """Losses by source, norm, and whether the update was made."""
+        if self._result is None:
+            by_source = self.table.by_source()
+            loss, grad_norm = sum(total for total, _ in by_source.values()) / self.valid, float(self.grad_norm)
+            reason = not_finite(loss, grad_norm)
+            self._result = StepResult(loss, by_source, grad_norm, self.valid, not reason, reason)
+        return self._result
 
 
 class TorchEngine(MeshEngine):
@@ -50,8 +82,11 @@ class TorchEngine(MeshEngine):
         whole: Mapping[str, Tensor],
         description: Mapping[str, str],
         pipeline: Pipeline | None = None,
+        stays_on_device: bool | None = None,
     ) -> None:
-        """whole: every parameter of the whole model by name, without memory."""
+        """whole: every parameter of the whole model by name, without memory. stays_on_device: whether a step is
+        launched without waiting for its numbers; default on GPUs, with an optimizer that can.
+        """
         super().__init__(mesh, whole, description)
         self._weights = weights
         self._section = optimizer
@@ -64,9 +99,16 @@ class TorchEngine(MeshEngine):
         self._updated = {item.key: item.local for item in weights.held if item.local.numel()}
         cut = {item.key for item in weights.held if tuple(item.local.shape) != item.shape}
         self._optimizer = build_optimizer(self._updated, optimizer, cut)
+        self._writes_copies = isinstance(self._optimizer, TritonAdamW) and bool(copies := weights.copies())
+        if self._writes_copies:
+            self._optimizer.write_copies({self._updated[key]: copy for key, copy in copies.items()})
+        self._squares = squares_of(optimizer) or of_all_tensors
         self._checked = False
+        if stays_on_device is None:
+            stays_on_device = mesh.device.type == "cuda" and waits_for_no_numbers(optimizer)
+        self._stays_on_device = stays_on_device
 
-    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
+    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> LaunchedStep:
         """One update from the mean loss over the valid targets of the global batch."""
         valid = valid_targets(self._mesh, [m.targets for m in microbatches])
         if valid == 0:
@@ -74,15 +116,19 @@ class TorchEngine(MeshEngine):
         losses = self._forward_backward(microbatches, 1 / valid)
         finish_gradients(self._weights.held, self._mesh, self._tied_apart)
         gradients = self._gradients()
-        by_source = self._gather(microbatches, losses).by_source()
-        loss = sum(total for total, _ in by_source.values()) / valid
-        grad_norm = float(squared_norm(gradients, self._weights.held, self._mesh).sqrt())
-        reason = not_finite(loss, grad_norm)
-        if not reason:
-            self._clip(gradients, grad_norm)
+        step = TorchStep(
+            self._gather(microbatches, losses),
+            squared_norm(gradients, self._weights.held, self._mesh, self._squares).sqrt(),
+            valid,
+            ready=not self._stays_on_device,
+        )
+        if self._stays_on_device:
+            self._update_on_device(gradients, lr, step)
+        elif not (result := step.result()).reason:
+            self._clip(gradients, result.grad_norm)
             self._update(gradients, lr)
         self._weights.drop_gradients()
-        return StepResult(loss, by_source, grad_norm, valid, not reason, reason)
+        return step
 
     def _forward_backward(self, microbatches: Sequence[MicrobatchLike], scale: float) -> Tensor | None:
         """Leaves gradients in the weights; each row's sum of losses, where the head is held."""
@@ -156,20 +202,62 @@ class TorchEngine(MeshEngine):
         self._checked = True
         return {key: gradient for key, gradient in gradients.items() if gradient is not None}
 
+    def _update_on_device(self, gradients: Mapping[str, Tensor], lr: float, step: TorchStep) -> None:
+        """Clips and updates without asking what the loss and the norm are: gradients are scaled as they are read, and
+        everything stays as it was where `found_inf` is not 0."""
+        bound, norm = self._section.clip_grad_norm, step.grad_norm.float()
+        scale = (bound / norm).clamp(max=1.0) if bound > 0 else torch.ones_like(norm)
+        found_inf = (~(step.table.table[0].sum().isfinite() & norm.isfinite())).float()
+        self._update(gradients, lr, scale, found_inf)
+
     def _clip(self, gradients: Mapping[str, Tensor], norm: float) -> None:
         bound = self._section.clip_grad_norm
         if 0 < bound < norm and gradients:
             torch._foreach_mul_(list(gradients.values()), bound / norm)
 
-    def _update(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        for key, local in self._updated.items():
-            local.grad = gradients[key]
+    def _update(
+        self, gradients: Mapping[str, Tensor], lr: float, scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
-        for local in self._updated.values():
-            local.grad = None
-        self._weights.refresh()
+        if isinstance(self._optimizer, TritonAdamW):
+            given = {self._updated[key]: gradient for key, gradient in gradients.items()}
+            self._optimizer.step(gradients=given, scale=scale, found_inf=found_inf)
+        else:
+            self._step_by_torch(gradients, scale, found_inf)
+        if not self._writes_copies:
+            self._weights.refresh()
+
+    def _step_by_torch(self, gradients: Mapping[str, Tensor], scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if scale is not None:
+            # torch's fused kernels divide by `grad_scale`
+            optimizer: Any = self._optimizer
+            optimizer.grad_scale, optimizer.found_inf = scale.reciprocal(), found_inf
+        for part in _parts(gradients):
+            for key, gradient in part:
+                local = self._updated[key]
+                local.grad = gradient.to(local.dtype)
+            self._optimizer.step()
+            for key, _ in part:
+                self._updated[key].grad = None
+
+
+_WIDENED = 1 << 26
+"""Elements of narrow gradients that are widened at once for the optimizer: 256 MB of float32."""
+
+
+def _parts(gradients: Mapping[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Wide gradients all together, narrow ones a few at a time."""
+    part: list[tuple[str, Tensor]] = []
+    elements = 0
+    for key, gradient in gradients.items():
+        part.append((key, gradient))
+        elements += gradient.numel() if gradient.dtype == torch.bfloat16 else 0
+        if elements > _WIDENED:
+            yield part
+            part, elements = [], 0
+    if part:
+        yield part
 
 
 def _to_write(item: Held) -> bool:

@@ -41,7 +41,7 @@ def architecture_for(shape: ModelShape) -> Architecture:
     ]
     if missed:
         kind = f'model.norm = "{shape.norm}" makes this a {architecture.name}, which cannot express it all:'
-        raise ConfigError("\n  ".join([kind, *missed, "No Hugging Face folder was written."]))
+        raise ConfigError("\n  ".join([kind, *missed]))
     return architecture
 
 

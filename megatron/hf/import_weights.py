@@ -1,52 +1,117 @@
-"""Weights of a Hugging Face folder as ours: the inverse of the export, by the same name table.
+"""Weights of a Hugging Face folder as ours, read box by box: the inverse of the export, by the same name table.
 
-Only safetensors are read (law C2). Every name, size and value is checked before anything is handed on.
+Only safetensors are read (law C2). Every name, size and dtype is checked before anything is handed on, every value
+before it is.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron.checkpoint.stored_tensors import StoredTensors
 from megatron.config.errors import CheckpointError
 from megatron.config.model_shape import ModelShape
 from megatron.hf.architecture import architecture_for
-from megatron.hf.layout import unpack
-from megatron.hf.name_table import entries, their_size
+from megatron.hf.layout import rows_of
+from megatron.hf.name_table import Entry, entries, our_size, their_size
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _ALIASES = {"embed_out.weight": "lm_head.weight"}  # transformers 5 saves GPT-NeoX heads under the new name
+_TRAINABLE = ("F64", "F32", "F16", "BF16")
 
 
-def load_hf_weights(folder: Path, shape: ModelShape) -> dict[str, Tensor]:
-    """Our tensors by name, in the dtype of the files, from the safetensors of `folder`.
+class HuggingFaceTensors:
+    """A TensorSource over the safetensors of a Hugging Face folder: our names, the files' dtypes.
 
-    Raises CheckpointError for a missing or truncated file, a path that leaves the folder, pickle files only, a tensor
-    that is missing, unknown, of another size, or not finite; ConfigError for a shape that no architecture expresses.
+    Only the bytes of a box are read, when it is asked for, and checked to be finite then; the vocabulary's padding is
+    zero. For one thread. Methods raise KeyError for an unknown name.
     """
-    folder = Path(folder)
-    home = tensor_files(folder)
-    weights: dict[str, Tensor] = {}
-    for entry in entries(architecture_for(shape).table, shape):
-        name = entry.theirs if entry.theirs in home else _ALIASES.get(entry.theirs, entry.theirs)
-        if name not in home:
-            raise CheckpointError(f"{folder}: tensor {name} is missing, which this model shape needs")
-        tensor = _read(home.pop(name), name)
-        if tuple(tensor.shape) != (wanted := their_size(entry, shape)):
+
+    def __init__(self, folder: Path, shape: ModelShape) -> None:
+        """Checks every name, size and dtype, for which the files' headers are enough.
+
+        Raises CheckpointError for a missing or truncated file, a path that leaves the folder, pickle files only, a
+        tensor that is missing, unknown, of another size or of no floating point; ConfigError for a shape that no
+        architecture expresses.
+        """
+        self._folder = Path(folder)
+        self._model = shape
+        self._places: dict[str, tuple[Entry, int, str]] = {}
+        found = _headers(tensor_files(self._folder))
+        self._stored = StoredTensors(self._folder, found)
+        unknown = set(found)
+        for entry in entries(architecture_for(shape).table, shape):
+            theirs = entry.theirs if entry.theirs in found else _ALIASES.get(entry.theirs, entry.theirs)
+            self._check(theirs, found.get(theirs), their_size(entry, shape))
+            unknown.discard(theirs)
+            self._places |= {ours: (entry, number, theirs) for number, ours in enumerate(entry.ours)}
+        if unknown:
+            names = ", ".join(sorted(unknown)[:8])
+            raise CheckpointError(f"{self._folder}: tensors that this model shape does not know: {names}")
+
+    def _check(self, name: str, found: Mapping[str, Any] | None, wanted: tuple[int, ...]) -> None:
+        if found is None:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing, which this model shape needs")
+        if tuple(found["shape"]) != wanted:
             raise CheckpointError(
-                f"{folder}: tensor {name} is {list(tensor.shape)}, and config and model shape say {list(wanted)}"
+                f"{self._folder}: tensor {name} is {found['shape']}, and config and model shape say {list(wanted)}"
             )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: tensor {name} holds NaN or infinity")
-        weights.update(zip(entry.ours, unpack(entry, tensor, shape), strict=True))
-    if home:
-        raise CheckpointError(f"{folder}: tensors that this model shape does not know: {', '.join(sorted(home)[:8])}")
-    return weights
+        if found["dtype"] not in _TRAINABLE:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name} is of {found['dtype']}: weights are {', '.join(_TRAINABLE)}: convert "
+                "the model first"
+            )
+
+    def names(self) -> Iterable[str]:
+        """Every one of our names."""
+        return self._places.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of our whole tensor, the vocabulary padded."""
+        entry, number, _ = self._places[name]
+        return our_size(entry.size[number], self._model)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of its values, as stored."""
+        return self._stored.dtype(self._places[name][2])
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A new tensor on the CPU: the box of `shape` that begins at `offset`.
+
+        Raises CheckpointError where it holds NaN or infinity, or a file has changed; ValueError beyond the tensor.
+        """
+        whole = self.shape(name)
+        if any(
+            min(begin, size) < 0 or begin + size > end for begin, size, end in zip(offset, shape, whole, strict=True)
+        ):
+            raise ValueError(f"{name}: no box of {list(shape)} at {list(offset)} in a tensor of {list(whole)}")
+        entry, number, theirs = self._places[name]
+        box = torch.zeros(tuple(shape), dtype=self.dtype(name))
+        if box.numel():
+            for rows in rows_of(entry, number, offset[0], offset[0] + shape[0], self._model):
+                part = box[rows.ours - offset[0] :][: rows.count]
+                self._stored.read_into(part, theirs, (rows.theirs, *offset[1:]))
+                # isfinite would make copies of the box; smallest and largest say the same, NaN included.
+                if not all(extreme.isfinite() for extreme in part.aminmax()):
+                    raise CheckpointError(f"{self._folder}: tensor {theirs} holds NaN or infinity")
+        return box
+
+    def whole(self, name: str) -> Tensor:
+        """A new tensor on the CPU: all of it."""
+        shape = self.shape(name)
+        return self.read(name, (0,) * len(shape), shape)
+
+    def all(self) -> dict[str, Tensor]:
+        """Every tensor whole, in memory."""
+        return {name: self.whole(name) for name in self.names()}
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -84,12 +149,23 @@ def _from_index(folder: Path) -> dict[str, Path]:
     return home
 
 
-def _read(path: Path, name: str) -> Tensor:
-    with _open(path) as file:
-        try:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from None
+def _headers(home: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and file of each of their tensors, in the words of a checkpoint's manifest; no value is read."""
+    names: dict[Path, list[str]] = {}
+    for name, path in home.items():
+        names.setdefault(path, []).append(name)
+    found: dict[str, dict[str, Any]] = {}
+    for path, its in names.items():
+        with _open(path) as file:
+            for name in its:
+                try:
+                    header = file.get_slice(name)
+                except SafetensorError as error:
+                    raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from None
+                shape = header.get_shape()
+                shards = [{"file": path.name, "offset": [0] * len(shape), "shape": shape}]
+                found[name] = {"shape": shape, "dtype": header.get_dtype(), "shards": shards}
+    return found
 
 
 def _open(path: Path) -> safe_open:

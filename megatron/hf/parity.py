@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.config.errors import CheckpointError, ProofError
 from megatron.config.model_shape import ModelShape
-from megatron.hf.import_weights import load_hf_weights
+from megatron.hf.import_weights import HuggingFaceTensors
 from megatron.hf.transformers_door import load_model, model_logits, transformers_version
 
 TOLERANCE = 1e-4
@@ -141,10 +141,12 @@ def _nll(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _compare_tensors(folder: Path, weights: Mapping[str, Tensor], shape: ModelShape) -> None:
     try:
-        read = load_hf_weights(folder, shape)
+        read = HuggingFaceTensors(folder, shape)
+        for name, wanted in weights.items():
+            rows = shape.vocab_size if name in ("embedding.weight", "head.weight") else wanted.shape[0]
+            if not torch.equal(read.whole(name)[:rows], wanted[:rows]):
+                raise ProofError(
+                    f"{folder}: parity proof failed: tensor {name} read back differs from the checkpoint's"
+                )
     except CheckpointError as error:
         raise ProofError(f"parity proof failed: {error}") from None
-    for name, wanted in weights.items():
-        rows = shape.vocab_size if name in ("embedding.weight", "head.weight") else wanted.shape[0]
-        if not torch.equal(read[name][:rows], wanted[:rows]):
-            raise ProofError(f"{folder}: parity proof failed: tensor {name} read back differs from the checkpoint's")

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-AttentionBackend = Literal["sdpa", "blockwise"]
-"""Which kernel runs: torch's own, or `attention_blockwise.py`."""
+AttentionBackend = Literal["sdpa", "blockwise", "varlen", "cudnn", "flex", "unfused"]
+"""Which kernel runs: torch's own with a mask, or that of `attention_NAME.py` (cudnn: `attention_varlen.py`); what can
+run where says `attention_choice.py`.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,13 @@ def runs_of(positions: Tensor) -> Iterator[tuple[int, int, int]]:
         yield q0, q1, int(positions[q0])
 
 
-def plan_for_sdpa(first: Tensor) -> Tensor | None:
-    """The whole mask, bool [batch, 1, T, T]; None where causality alone says it all."""
-    if not bool(first.any()):
+def plan_for_sdpa(first: Tensor, divided: bool | None = None) -> Tensor | None:
+    """The whole mask, bool [batch, 1, T, T]; None where causality alone says it all.
+
+    divided: whether a document begins within some row, where the caller knows (`document_bounds`). None: first is
+    asked, which on a GPU makes the host wait.
+    """
+    if not (bool(first.any()) if divided is None else divided):
         return None
     return visibility(first, 0, first.shape[1], 0, first.shape[1])[:, None]
 
@@ -88,17 +94,21 @@ def attention_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     return out.transpose(1, 2).reshape(batch, length, groups * heads * size)
 
 
-def plan_pieces(first: Tensor, positions: Tensor | None = None) -> tuple[Piece, ...]:
+def plan_pieces(first: Tensor, positions: Tensor | None = None, divided: bool | None = None) -> tuple[Piece, ...]:
     """What SDPA is called on, for queries at positions [T_local] (None: at all) that see keys from first [batch, T] on.
 
-    One call for each run of consecutive positions, on no more keys than its queries may see.
+    One call for each run of consecutive positions, on no more keys than its queries may see; with `divided` (see
+    `plan_for_sdpa`) nothing is asked of first, and a run gets all keys up to its end.
     """
     if positions is None:
-        return (Piece(0, first.shape[1], 0, first.shape[1], plan_for_sdpa(first)),)
+        return (Piece(0, first.shape[1], 0, first.shape[1], plan_for_sdpa(first, divided)),)
     pieces = []
     for q0, q1, begin in runs_of(positions):
         end = begin + q1 - q0
-        k0, latest = int(first[:, begin].min()), int(first[:, end - 1].max())
+        if divided is None:
+            k0, latest = int(first[:, begin].min()), int(first[:, end - 1].max())
+        else:
+            k0, latest = 0, end - 1 if divided else 0
         if latest <= k0 == begin:
             mask = None
         else:

@@ -4,20 +4,27 @@
 it walks over rows, makes each chunk's logits once, and turns them into their own gradient in place, so that the logits
 of a whole microbatch are never held, and the backward pass has nothing left to compute but a multiplication.
 
-For 4096 rows, 8192 words and width 256 in bfloat16 on two AVX512-BF16 cores, forward and backward took 97 ms, and
-`F.cross_entropy(F.linear(h, w).float(), t)` 291 ms; 58 ms of either are the three GEMMs. In float32 the GEMMs take
-255 of about 300 ms and both are alike. Chunks of 512 to 4096 rows differed by less than 10 %.
+For 4096 rows, 8192 words and width 256 on one thread with AVX512-BF16, forward and backward took 180 ms of its time in
+bfloat16 and 566 ms in float32, `F.cross_entropy(F.linear(h, w).float(), t)` 462 and 791; the three GEMMs alone took 151
+and 581.
 
-The vocabulary may be cut over ranks, in equal parts of the padded vocabulary: rank r of `size` holds the r-th. Logits
-are never gathered: of each row the ranks exchange three numbers (Shoeybi et al., arXiv 1909.08053, section 3, which
-gathers losses only; here maximum, sum and target travel together). Losses and totals are then the same on all ranks;
-the gradient of hidden is this rank's part of a sum, that of weight is complete.
+On a GPU, where nothing was measured: 16,384 rows of 128,256 words at width 4096 are 51.6 TFLOP of GEMMs, 65 ms at 794
+TFLOP/s; beside them Triton's softmax moves 8.4 GB, and the float32 gradient of the weight, to which four chunks are
+added and which is rounded, 18 GB: limits of 2 ms and 4 ms at 4.3 TB/s.
+
+Where the vocabulary is cut over ranks (`vocabulary_words`) losses and totals are the same on all of them; the gradient
+of hidden is this rank's part of a sum, that of weight is complete.
+
+Losses that are reported are always cross-entropy alone, so that they can be compared and their exponential is a
+perplexity; totals, which are differentiated, have the z-loss and the smoothing of labels in them (`Objective`).
+
+The softmax is done by `vocabulary_softmax` (kernels="eager") or `vocabulary_softmax_triton` ("triton"). Nothing here
+waits for a device: no shape and no branch depends on what a tensor holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,167 +33,143 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from megatron.kernels.collectives import all_gather
-
-IGNORED = -100
-"""The target of a position that does not count."""
+from megatron.kernels import vocabulary_softmax
+from megatron.kernels.matrix_product import Library, linear_of, product_into, product_of
+from megatron.kernels.vocabulary_words import IGNORED, Kernels, Objective, Words, wide, words_of
 
 CHUNK_ROWS = 1024
-"""Rows whose logits exist at once: enough to keep the GEMMs busy and the weight gradient's additions rare."""
+"""Rows whose logits exist at once on a CPU: enough to keep the GEMMs busy and the weight gradient's additions rare."""
 
-_SOFTMAX_ELEMENTS = 1 << 20
-"""Elements widened at once for the softmax: 4 MB of float32, which stays in cache."""
+_CHUNK_BYTES = 1 << 30
+"""Of logits that exist at once elsewhere: each further chunk reads and writes the wide gradient of the weight again."""
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each row: logits [..., vocabulary] of any float dtype, targets [...] int64. 0 where the target is -100.
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """What is minimised for each row: its cross-entropy, with `Objective`'s terms. 0 where the target is -100.
 
-    Float32 statistics (float64 for float64 logits); the result has the shape of targets.
+    logits [..., words] of any float dtype, targets [...] int64; words from vocab_size on, if it is given, are padding
+    and have probability 0. Float32 statistics (float64 for float64 logits); the result has the shape of targets.
     """
-    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
-    flat = functional.cross_entropy(
-        wide.reshape(-1, wide.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="none"
-    )
-    return flat.view(targets.shape)
+    Objective(z_loss, label_smoothing)  # says what is wrong with them
+    spread = logits[..., :vocab_size].to(wide(logits.dtype))
+    spread = spread.reshape(-1, spread.shape[-1])
+    losses = functional.cross_entropy(
+        spread, targets.reshape(-1), ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+    ).view(targets.shape)
+    if z_loss == 0:
+        return losses
+    squares = spread.logsumexp(-1).square().view(targets.shape)
+    return losses + z_loss * squares.where(targets != IGNORED, 0)
 
 
-def _losses_and_slopes(logits: Tensor, targets: Tensor, vocab_size: int, scale: float, losses: Tensor) -> None:
-    """Writes the loss of each row of logits [n, padded vocabulary] to losses [n], then replaces logits by
-    scale * d(loss)/d(logits). Rows without a target get loss 0 and slope 0; padded words get slope 0.
+def _softmax(kernels: Kernels) -> Callable[..., None]:
+    """`losses_and_slopes` by those kernels."""
+    if kernels == "eager":
+        return vocabulary_softmax.losses_and_slopes
+    from megatron.kernels.vocabulary_softmax_triton import losses_and_slopes_triton
+
+    return losses_and_slopes_triton
+
+
+def _chunk_rows(logits_of: Tensor, held: int) -> int:
+    """Rows whose logits [rows, held] exist at once, in the dtype and on the device of a tensor."""
+    if logits_of.device.type == "cpu":
+        return CHUNK_ROWS
+    return max(1, _CHUNK_BYTES // (logits_of.element_size() * held * 1024)) * 1024
+
+
+def _add_weight_gradient(total: Tensor, slopes: Tensor, hidden: Tensor, first: bool, library: Library) -> None:
+    """total [words, width] += slopes.T @ hidden, or = where it is the first. A wider total is added to in its dtype."""
+    beta = 0 if first else 1
+    if library != "torch":
+        made = product_of(library)(slopes.t(), hidden)
+        total.copy_(made) if first else total.add_(made)
+    elif slopes.dtype == total.dtype:
+        total.addmm_(slopes.t(), hidden, beta=beta)
+    elif slopes.is_cuda:
+        # The GEMM adds its float32 sums to total itself; no product is written in between.
+        torch.addmm(total, slopes.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(slopes.t() @ hidden)
+    else:
+        total.add_(slopes.t() @ hidden)
+
+
+def _multiply(tensor: Tensor, factor: Tensor, kernels: Kernels) -> None:
+    """tensor *= factor, a number on the same device, without a wait and without a new version of the tensor."""
+    if kernels == "eager":
+        tensor.data.mul_(factor)
+        return
+    from megatron.kernels.cross_entropy_triton import multiply_triton
+
+    multiply_triton(tensor.data, factor)
+
+
+def _from(multiplied: Tensor, grad: Tensor) -> Tensor:
+    """What takes a gradient that was multiplied by one upstream to another upstream; exactly 1 where they are equal, so
+    that an upstream of 0 may come again.
     """
-    wide = losses.dtype
-    counts = targets != IGNORED
-    safe = targets.where(counts, 0)[:, None]
-    rows = max(1, _SOFTMAX_ELEMENTS // logits.shape[1])
-    for start in range(0, logits.shape[0], rows):
-        part = slice(start, start + rows)
-        narrow, target, count = logits[part], safe[part], counts[part]
-        spread = narrow.to(wide)
-        chosen = spread.gather(1, target)
-        if vocab_size < spread.shape[1]:
-            spread[:, vocab_size:] = -torch.inf
-        # log-sum-exp from the likeliest word, whose probability never underflows: lse = max - log(p of max).
-        highest = spread.amax(-1, keepdim=True)
-        likely = torch.softmax(spread, -1)
-        losses[part] = torch.where(count, (highest - likely.amax(-1, keepdim=True).log() - chosen).squeeze(1), 0)
-        factor = count[:, None].to(wide) * scale
-        # The chosen word's slope is scale * (p - 1), formed in wide precision before it is rounded.
-        slope = (likely.gather(1, target) - 1) * factor
-        torch.mul(likely, factor, out=narrow)
-        narrow.scatter_(1, target, slope.to(narrow.dtype))
-
-
-@dataclass(frozen=True)
-class _Words:
-    """The words whose logits this rank has: `held` from number `first` on, of which the first `valid` are no padding.
-
-    alone: they are all that there are.
-    """
-
-    first: int
-    held: int
-    valid: int
-    size: int
-    group: dist.ProcessGroup | None
-
-    @property
-    def alone(self) -> bool:
-        return self.size == 1
-
-
-def _words(held: int, vocab_size: int, rank: int, size: int, group: dist.ProcessGroup | None) -> _Words:
-    first = rank * held
-    return _Words(first, held, min(max(vocab_size - first, 0), held), size, group)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _parts(logits: Tensor) -> Iterator[slice]:
-    """Rows that are widened together."""
-    rows = max(1, _SOFTMAX_ELEMENTS // logits.shape[1])
-    return (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
-
-
-def _own_targets(targets: Tensor, words: _Words) -> tuple[Tensor, Tensor]:
-    """(column of each row's target [n, 1], 0 where it is not held here; whether it is, [n, 1])."""
-    column = (targets - words.first)[:, None]
-    mine = (column >= 0) & (column < words.valid) & (targets != IGNORED)[:, None]
-    return column.where(mine, 0), mine
-
-
-def _statistics(logits: Tensor, targets: Tensor, words: _Words) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row over all ranks, wide, [n] each: the highest logit, the sum of exp(logit - highest), the target's."""
-    # Ranks of padding alone add nothing; their highest is minus infinity.
-    own = torch.zeros(logits.shape[0], 3, dtype=_wide(logits.dtype), device=logits.device)
-    own[:, 0] = -torch.inf
-    if words.valid:
-        column, mine = _own_targets(targets, words)
-        for part in _parts(logits):
-            spread = logits[part, : words.valid].to(own.dtype, copy=True)
-            own[part, 2:] = spread.gather(1, column[part]).where(mine[part], 0)
-            own[part, 0] = highest = spread.amax(-1)
-            own[part, 1] = spread.sub_(highest[:, None]).exp_().sum(-1)
-    if words.alone:
-        return own[:, 0], own[:, 1], own[:, 2]
-    every = own.new_empty(words.size * own.shape[0], 3)
-    all_gather(every, own, group=words.group)
-    highs, sums, targeted = every.view(words.size, -1, 3).unbind(-1)
-    highest = highs.amax(0)
-    return highest, (sums * (highs - highest).exp()).sum(0), targeted.sum(0)
-
-
-def _losses(statistics: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> Tensor:
-    highest, total, chosen = statistics
-    return (highest - chosen + total.log()).where(targets != IGNORED, 0)
-
-
-def _shared_losses_and_slopes(logits: Tensor, targets: Tensor, words: _Words, scale: float) -> Tensor:
-    """The loss of each row of logits [n, held], which is cut by words over ranks. Replaces logits by their slopes, as
-    `_losses_and_slopes`.
-    """
-    statistics = highest, total, _ = _statistics(logits, targets, words)
-    column, mine = _own_targets(targets, words)
-    factor = (targets != IGNORED)[:, None].to(total.dtype) * scale
-    logits[:, words.valid :] = 0
-    for part in _parts(logits if words.valid else logits[:0]):
-        narrow = logits[part, : words.valid]
-        likely = narrow.to(total.dtype, copy=True).sub_(highest[part, None]).exp_().div_(total[part, None])
-        # The target's slope is formed in wide precision before it is rounded.
-        likely.scatter_add_(1, column[part], -mine[part].to(likely.dtype))
-        torch.mul(likely, factor[part], out=narrow)
-    return _losses(statistics, targets)
+    return torch.where(grad == multiplied, 1.0, grad / multiplied)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, scale: float, words: _Words
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        words: Words,
+        objective: Objective,
+        kernels: Kernels,
+        library: Library,
     ) -> tuple[Tensor, Tensor]:
-        wide = _wide(hidden.dtype)
-        losses = torch.empty(targets.shape[0], dtype=wide, device=hidden.device)
+        solve, count = _softmax(kernels), targets.shape[0]
+        losses = torch.empty(count, dtype=wide(hidden.dtype), device=hidden.device)
+        objectives = losses if objective.plain else torch.empty_like(losses)
         hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        for start in range(0, targets.shape[0], CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            logits = hidden[part] @ weight.t()
-            if words.alone:
-                _losses_and_slopes(logits, targets[part], vocab_size, scale, losses[part])
-            else:
-                losses[part] = _shared_losses_and_slopes(logits, targets[part], words, scale)
-            torch.mm(logits, weight, out=hidden_grad[part])
-            weight_grad.add_(logits.t() @ hidden[part])
-        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
+        rows = _chunk_rows(hidden, words.held)
+        # One chunk has nothing to add up: its GEMM, which adds in float32 inside, rounds once.
+        dtype = weight.dtype if count <= rows else losses.dtype
+        weight_grad = (torch.empty if count else torch.zeros)(weight.shape, dtype=dtype, device=weight.device)
+        # One buffer: of two chunks' logits, one would be idle.
+        buffer = hidden.new_empty(min(rows, count), words.held)
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            logits = product_into(library, hidden[part], weight.t(), buffer[: part.stop - start])
+            solve(logits, targets[part], words, scale, objective, losses[part], objectives[part])
+            made = product_into(library, logits, weight, hidden_grad[part])
+            if made.data_ptr() != hidden_grad[part].data_ptr():
+                hidden_grad[part] = made
+            _add_weight_gradient(weight_grad, logits, hidden[part], start == 0, library)
+        logits = buffer = None  # type: ignore[assignment]  # before the narrow copy of the weight's gradient is made
+        # A number beside the gradients, not in ctx: hooks on saved tensors keep all three alike.
+        multiplied = torch.ones((), dtype=losses.dtype, device=losses.device)
+        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype), multiplied)
+        ctx.kernels, ctx.given = kernels, False
         ctx.mark_non_differentiable(losses)
-        return losses.sum() * scale, losses
+        return objectives.sum() * scale, losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        given = hidden_grad * grad.to(hidden_grad.dtype), weight_grad * grad.to(weight_grad.dtype)
-        return *given, None, None, None, None
+        hidden_grad, weight_grad, multiplied = ctx.saved_tensors
+        factor = _from(multiplied, grad)
+        if ctx.given:
+            # What was given away is somebody's: a second pass gets its own.
+            return hidden_grad * factor, weight_grad * factor, *(None,) * 6
+        ctx.given = True
+        for tensor in (hidden_grad, weight_grad):
+            _multiply(tensor, factor, ctx.kernels)
+        multiplied.data.copy_(grad)
+        return hidden_grad, weight_grad, *(None,) * 6
 
 
 def linear_cross_entropy(
@@ -198,16 +181,23 @@ def linear_cross_entropy(
     rank: int = 0,
     size: int = 1,
     group: dist.ProcessGroup | None = None,
+    *,
+    kernels: Kernels = "eager",
+    library: Library = "torch",
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(scale x the sum of losses, a differentiable scalar; the loss of each row, detached) of hidden @ weight.T.
+    """(scale x the sum of what is minimised, a differentiable scalar; the cross-entropy of each row, detached) of
+    hidden @ weight.T.
 
     hidden [n, width], weight [padded vocabulary / size, width] of one dtype; targets [n] int64, -100 where none; words
     from vocab_size on are padding and have probability 0. Losses are float32 (float64 for float64). rank, size, group:
-    of those who share the vocabulary; hidden and targets are the same on all of them.
+    of those who share the vocabulary; hidden and targets are the same on all of them. kernels: who does
+    the softmax; the GEMMs are torch's. z_loss, label_smoothing: `Objective`; ValueError where they cannot be.
     Gradients are computed in the forward pass, which is why the scale is an argument: 1 / valid targets of the batch.
     """
-    words = _words(weight.shape[0], vocab_size, rank, size, group)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, scale, words)
+    words, objective = words_of(weight.shape[0], vocab_size, rank, size, group), Objective(z_loss, label_smoothing)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, words, objective, kernels, library)
 
 
 def linear_losses(
@@ -218,39 +208,64 @@ def linear_losses(
     rank: int = 0,
     size: int = 1,
     group: dist.ProcessGroup | None = None,
+    *,
+    kernels: Kernels = "eager",
+    library: Library = "torch",
 ) -> Tensor:
     """The losses of `linear_cross_entropy` alone, [n], one chunk after the other.
 
     Where size is 1, differentiable by plain autograd, which then holds every chunk's logits.
     """
-    words = _words(weight.shape[0], vocab_size, rank, size, group)
-    losses = []
-    for start in range(0, targets.shape[0], CHUNK_ROWS):
-        part = slice(start, start + CHUNK_ROWS)
-        logits = hidden[part] @ weight.t()
+    words = words_of(weight.shape[0], vocab_size, rank, size, group)
+    count, rows = targets.shape[0], _chunk_rows(hidden, words.held)
+    parts = [slice(start, start + rows) for start in range(0, max(count, 1), rows)]
+    return torch.cat([_chunk_losses(hidden[part], weight, targets[part], words, kernels, library) for part in parts])
+
+
+def _chunk_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, words: Words, kernels: Kernels, library: Library
+) -> Tensor:
+    logits = linear_of(library)(hidden, weight, None)
+    if kernels == "eager":
         if words.alone:
-            losses.append(cross_entropy(logits[:, :vocab_size], targets[part]))
-        else:
-            losses.append(_losses(_statistics(logits, targets[part], words), targets[part]))
-    return torch.cat(losses)
+            return cross_entropy(logits, targets, vocab_size=words.valid)
+        return vocabulary_softmax.row_losses(logits, targets, words)
+    if words.alone:
+        from megatron.kernels.cross_entropy_triton import cross_entropy_triton
+
+        return cross_entropy_triton(logits, targets, vocab_size=words.valid)
+    from megatron.kernels.vocabulary_softmax_triton import row_losses_triton
+
+    return row_losses_triton(logits, targets, words)
 
 
 class _CrossEntropyInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: float, words: _Words) -> tuple[Tensor, Tensor]:
-        losses = _shared_losses_and_slopes(logits, targets, words, scale)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        scale: float,
+        words: Words,
+        objective: Objective,
+        kernels: Kernels,
+    ) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(targets.shape[0], dtype=wide(logits.dtype), device=logits.device)
+        objectives = losses if objective.plain else torch.empty_like(losses)
         # Not saved but held, and multiplied in place: a copy would be a second tensor of tokens x words. What has been
         # multiplied in already is kept, so that a schedule that runs this twice gets the same twice.
         ctx.slopes, ctx.multiplied = logits.detach(), torch.ones((), dtype=losses.dtype, device=losses.device)
+        _softmax(kernels)(ctx.slopes, targets, words, scale, objective, losses, objectives)
+        ctx.kernels = kernels
         ctx.mark_non_differentiable(losses)
-        return losses.sum() * scale, losses
+        return objectives.sum() * scale, losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.slopes.mul_(grad / ctx.multiplied)
+        _multiply(ctx.slopes, _from(ctx.multiplied, grad), ctx.kernels)
         ctx.multiplied.copy_(grad)
-        return ctx.slopes, None, None, None
+        return ctx.slopes, *(None,) * 5
 
 
 def cross_entropy_in_place(
@@ -261,6 +276,10 @@ def cross_entropy_in_place(
     rank: int = 0,
     size: int = 1,
     group: dist.ProcessGroup | None = None,
+    *,
+    kernels: Kernels = "eager",
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` of logits [n, padded vocabulary / size], which are overwritten by their slopes; nothing
     else of their size is made.
@@ -268,5 +287,5 @@ def cross_entropy_in_place(
     It holds no weight, so that input and weight gradients may be computed apart. logits must belong to the caller
     alone and be needed by nobody afterwards, as what a linear map returns.
     """
-    words = _words(logits.shape[1], vocab_size, rank, size, group)
-    return _CrossEntropyInPlace.apply(logits, targets, scale, words)
+    words, objective = words_of(logits.shape[1], vocab_size, rank, size, group), Objective(z_loss, label_smoothing)
+    return _CrossEntropyInPlace.apply(logits, targets, scale, words, objective, kernels)

@@ -23,3 +23,20 @@ def activate(x: Tensor, name: str) -> Tensor:
 def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """activation(gate) * up; SwiGLU where name is silu."""
     return activate(gate, name) * up
+
+
+def gated_halves(gate_up: Tensor, name: str) -> Tensor:
+    """`gated` of one fused projection [..., 2f], whose first half is the gate and whose second half is up; [..., f].
+
+    Raises ValueError where the last dimension is odd.
+    """
+    gate, up = halves(gate_up)
+    return gated(gate, up, name)
+
+
+def halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [..., f] of the two halves of [..., 2f]. Raises ValueError where the last dimension is odd."""
+    inner, odd = divmod(gate_up.shape[-1], 2)
+    if odd:
+        raise ValueError(f"a gate and an up projection side by side have an even size, not {gate_up.shape[-1]}")
+    return gate_up[..., :inner], gate_up[..., inner:]

@@ -102,6 +102,32 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]
 
 
+def over_steps(steps: Iterable[Mapping[str, Any]], say: Callable[[Mapping[str, str]], str]) -> str:
+    """What `say` makes of the record of each start, with the steps that it holds for: "steps 1–400: a; 401–439: b".
+
+    Steps are left out where it never changed. Empty where no start is on record.
+    """
+    stretches: list[tuple[int, int, str]] = []
+    words = ""
+    for row in steps:
+        if isinstance(start := row.get("start"), Mapping):
+            words = say(start)
+        begin = stretches.pop()[0] if stretches and stretches[-1][2] == words else row["step"]
+        stretches.append((begin, row["step"], words))
+    if len(stretches) < 2:
+        return words
+    ranges = [f"{first}–{last}" if first < last else str(first) for first, last, _ in stretches]
+    said = [f"{where}: {what or 'not recorded'}" for where, (_, _, what) in zip(ranges, stretches, strict=True)]
+    return "steps " + "; ".join(said)
+
+
+def layout_words(start: Mapping[str, str]) -> str:
+    """What [parallel] was at a start: "8 processes: tensor 2 x data 4, data shard full, torch"."""
+    chosen = {key: start.get(key, "none") for key in ("pipeline", "data shard", "context", "recompute")}
+    others = [f"{key} {value}" for key, value in chosen.items() if value != "none"]
+    return ", ".join([start.get("layout", "one process"), *others, start.get("engine", "engine not recorded")])
+
+
 def series(rows: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any]) -> list[Point]:
     """(consumed tokens, value) of the rows that have a finite one."""
     points = []

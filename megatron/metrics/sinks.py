@@ -15,7 +15,10 @@ Row = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes one row a step; a row is a flat mapping with "step", or a validation row with "validation"."""
+    """Takes one row a step; a row is a flat mapping with "step", or a validation row with "validation".
+
+    The first row of steps after each start of the run also has "start": words on what runs since then, label by label.
+    """
 
     def write(self, row: Row) -> None:
         """Takes a row."""

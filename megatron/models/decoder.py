@@ -8,14 +8,17 @@ another rank than the embedding is a second embedding.weight. Parameters have th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron.config.layout_sizes import tensor_refusals
 from megatron.config.model_shape import ModelShape
-from megatron.kernels.attention import AttentionBackend
+from megatron.kernels.choice import Kernels
 from megatron.kernels.cross_entropy import cross_entropy_in_place, linear_cross_entropy, linear_losses
+from megatron.kernels.document_lengths import DocumentBounds
 from megatron.kernels.dropout import ATTENTION, EMBEDDING
 from megatron.kernels.dropout import MLP as MLP_OUTPUT
 from megatron.models.attention import Attention, AttentionPlan, context_method, plan_attention
@@ -26,17 +29,20 @@ from megatron.parallel.context_attention import local_positions
 from megatron.parallel.model_place import ONE_PROCESS, ModelPlace
 from megatron.parallel.tensor_mappings import enter, gather_from_sequence
 
+EAGER = Kernels()
+"""The definitions, and the quick attention for CPUs."""
+
 
 class DecoderLayer(nn.Module):
     """Attention and MLP on the residual stream [batch, T_local, hidden], one after the other or side by side."""
 
-    def __init__(self, shape: ModelShape, backend: AttentionBackend, place: ModelPlace, number: int) -> None:
+    def __init__(self, shape: ModelShape, kernels: Kernels, place: ModelPlace, number: int) -> None:
         """number: the layer's, of the whole model."""
         super().__init__()
-        self.attention_norm = Norm(shape, place)
-        self.attention = Attention(shape, backend, place)
-        self.mlp_norm = Norm(shape, place)
-        self.mlp = MLP(shape, place)
+        self.attention_norm = Norm(shape, kernels, place)
+        self.attention = Attention(shape, kernels, place)
+        self.mlp_norm = Norm(shape, kernels, place)
+        self.mlp = MLP(shape, kernels, place)
         self.parallel, self.number = shape.parallel_block, number
 
     def forward(self, x: Tensor, plan: AttentionPlan, dropout: ResidualDropout | None = None) -> Tensor:
@@ -44,12 +50,12 @@ class DecoderLayer(nn.Module):
         if dropout is not None:
             attended = dropout.drop(attended, self.number, ATTENTION)
         if self.parallel:
-            return x + attended + self._mlp(x, dropout)
-        x = x + attended
-        return x + self._mlp(x, dropout)
+            return x + attended + self._mlp(self.mlp_norm(x), dropout)
+        normed, x = self.mlp_norm.after_adding(x, attended)
+        return x + self._mlp(normed, dropout)
 
-    def _mlp(self, x: Tensor, dropout: ResidualDropout | None) -> Tensor:
-        y = self.mlp(self.mlp_norm(x))
+    def _mlp(self, normed: Tensor, dropout: ResidualDropout | None) -> Tensor:
+        y = self.mlp(normed)
         return y if dropout is None else dropout.drop(y, self.number, MLP_OUTPUT)
 
 
@@ -59,28 +65,33 @@ class Decoder(nn.Module):
     def __init__(
         self,
         shape: ModelShape,
-        backend: AttentionBackend = "blockwise",
+        kernels: Kernels = EAGER,
         place: ModelPlace = ONE_PROCESS,
         seed: int = 0,
     ) -> None:
-        """backend: "blockwise" is the quick one on CPU, "sdpa" the definition and the one for GPUs. seed: of dropout.
+        """kernels: what its operations run on. seed: of dropout.
 
         Raises ConfigError where the shape does not divide over the tensor or context ranks.
         """
         super().__init__()
-        self.scale = 1.0  # where forward is not told: a pipeline hands on tensors only
+        # A pipeline hands on tensors only, so that whoever runs the model sets these before.
+        self.scale = 1.0  # where forward is not told
+        self.bounds: DocumentBounds | None = None  # of the microbatches to come, counted on the host
         for refusal in tensor_refusals(place.tensor.size, shape):
             raise refusal
-        self.shape, self.backend, self.place, self.seed = shape, backend, place, seed
+        self.shape, self.kernels, self.place, self.seed = shape, kernels, place, seed
+        self.objective: dict[str, float] = {}  # what is minimised beside cross-entropy: z_loss, label_smoothing
         self.context_method, self.context_words = context_method(shape, place)
         numbers = range(shape.num_hidden_layers) if place.layers is None else place.layers
         tied = shape.tie_word_embeddings
         self.embedding = Embedding(shape, place) if place.first or (place.last and tied) else None
-        self.layers = nn.ModuleDict({str(n): DecoderLayer(shape, backend, place, n) for n in numbers})
-        self.final_norm = Norm(shape, place) if place.last else None
+        self.layers = nn.ModuleDict({str(n): DecoderLayer(shape, kernels, place, n) for n in numbers})
+        self.final_norm = Norm(shape, kernels, place) if place.last else None
         self.head: Linear | None = None
         if place.last and not tied:
-            self.head = column_linear(shape.hidden_size, shape.padded_vocab_size, False, place)
+            self.head = column_linear(
+                shape.hidden_size, shape.padded_vocab_size, False, replace(kernels, fp8=False), place
+            )
 
     @property
     def head_weight(self) -> Tensor:
@@ -123,7 +134,9 @@ class Decoder(nn.Module):
         if self.embedding is not None and self.place.first:
             x = self.embedding(x if positions is None else x[:, positions])
             x = x if dropout is None else dropout.drop(x, 0, EMBEDDING)
-        plan = plan_attention(self.shape, document_ids, x.dtype, self.backend, self.place, positions)
+        plan = plan_attention(
+            self.shape, document_ids, x.dtype, self.kernels.attention, self.place, positions, self.bounds
+        )
         for layer in self.layers.values():
             x = layer(x, plan, dropout)
         return x if self.final_norm is None else self.final_norm(x)
@@ -150,15 +163,19 @@ class Decoder(nn.Module):
     def _total_and_rows(self, hidden: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         axis, words = self.place.tensor, self.shape.vocab_size
         hidden, flat = enter(hidden, axis, self.place.sequence).flatten(0, 1), targets.reshape(-1)
-        ranks = (axis.rank, axis.size, axis.group)
+        ranks, library = (axis.rank, axis.size, axis.group), self.kernels.product
+        kernels = self.kernels.cross_entropy
         if not torch.is_grad_enabled():
-            losses = linear_losses(hidden, self.head_weight, flat, words, *ranks)
+            losses = linear_losses(hidden, self.head_weight, flat, words, *ranks, kernels=kernels, library=library)
             total = losses.sum() * scale
         elif self.place.split_backward:
             logits = functional.linear(hidden, self.head_weight)
-            total, losses = cross_entropy_in_place(logits, flat, words, scale, *ranks)
+            total, losses = cross_entropy_in_place(
+                logits, flat, words, scale, *ranks, kernels=kernels, **self.objective
+            )
         else:
-            total, losses = linear_cross_entropy(hidden, self.head_weight, flat, words, scale, *ranks)
+            head = (hidden, self.head_weight, flat, words, scale, *ranks)
+            total, losses = linear_cross_entropy(*head, kernels=kernels, library=library, **self.objective)
         # Not a view: a schedule that runs input gradients first detaches what a stage returns in place.
         return torch.stack((total,)), losses.view(targets.shape).sum(1, dtype=torch.float64)
 

@@ -7,15 +7,17 @@ Megatron-LM's way (arXiv 1909.08053): those that read the residual stream by out
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatron.config.model_shape import ModelShape
+from megatron.kernels.choice import Kernels, fp8_products, norms
 from megatron.kernels.embedding import embedding
-from megatron.kernels.rms_norm import rms_norm
+from megatron.kernels.matrix_product import Linear as LinearMap
+from megatron.kernels.matrix_product import linear_of, product_of
 from megatron.parallel.model_place import ONE_PROCESS, ModelPlace, ParameterCut
 from megatron.parallel.tensor_mappings import enter, gathered_linears, leave
 
@@ -29,20 +31,28 @@ class Linear(nn.Module):
     """y = x W^T + b with weight [outputs, inputs], whole on every rank or cut by outputs."""
 
     def __init__(
-        self, inputs: int, outputs: int, bias: bool, residual: bool = False, cut: ParameterCut | None = None
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        kernels: Kernels,
+        residual: bool = False,
+        cut: ParameterCut | None = None,
     ) -> None:
         """outputs: those held here. residual: y is added to the residual stream, so that initial weights are scaled by
         depth. cut: of weight and bias alike."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
-        self.residual = residual
+        self.residual, self.library = residual, kernels.product
+        self.linear = _fp8(kernels) if kernels.fp8 else linear_of(kernels.product)
+        self.fp8 = kernels.fp8
         self.cuts = dict.fromkeys(("weight", "bias"), cut or ParameterCut())
         self.used: slice | None = None
         """The outputs that this rank computes, where it holds more; None for all."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, *self.operands())
+        return self.linear(x, *self.operands())
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the outputs that this rank computes."""
@@ -51,52 +61,75 @@ class Linear(nn.Module):
         return self.weight[self.used], None if self.bias is None else self.bias[self.used]
 
 
+def _fp8(kernels: Kernels) -> LinearMap:
+    """x W^T + b by 8-bit products."""
+    multiply = fp8_products("triton" if kernels.norm == "triton" else "eager")
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = multiply(x, weight)
+        return y if bias is None else y + bias
+
+    return linear
+
+
 class RowLinear(Linear):
     """A linear map cut by inputs, from parts of x to the residual stream; the bias is added once, after the sum."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, place: ModelPlace) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, kernels: Kernels, place: ModelPlace) -> None:
         """inputs: all of them."""
-        super().__init__(inputs // place.tensor.size, outputs, bias, residual=True)
+        super().__init__(inputs // place.tensor.size, outputs, bias, _splittable(kernels, place), residual=True)
         self.cuts = {"weight": ParameterCut(1), "bias": replicated(place)}
         self.place = place
 
     def forward(self, x: Tensor) -> Tensor:
         if self.place.tensor.alone:
-            return functional.linear(x, self.weight, self.bias)
-        y = leave(functional.linear(x, self.weight), self.place.tensor, self.place.sequence)
+            return self.linear(x, self.weight, self.bias)
+        y = leave(self.linear(x, self.weight, None), self.place.tensor, self.place.sequence)
         return y if self.bias is None else y + self.bias
 
 
-def column_linear(inputs: int, outputs: int, bias: bool, place: ModelPlace) -> Linear:
+def column_linear(inputs: int, outputs: int, bias: bool, kernels: Kernels, place: ModelPlace) -> Linear:
     """A linear map cut by outputs, of which there are `outputs` in all; to be applied by `project`."""
-    return Linear(inputs, outputs // place.tensor.size, bias, cut=ParameterCut(0))
+    return Linear(inputs, outputs // place.tensor.size, bias, _splittable(kernels, place), cut=ParameterCut(0))
+
+
+def _splittable(kernels: Kernels, place: ModelPlace) -> Kernels:
+    """Schedules that run input and weight gradients apart need torch's own linear map, which can compute one alone."""
+    return dataclasses.replace(kernels, product="torch") if place.split_backward else kernels
 
 
 def project(x: Tensor, linears: Sequence[Linear], place: ModelPlace) -> tuple[Tensor, ...]:
     """What linear maps cut by outputs make of the residual stream x [batch, T_local, hidden]; x enters once for all."""
     operands = [linear.operands() for linear in linears]
-    if place.split_backward:
+    if place.split_backward or linears[0].fp8:
         x = enter(x, place.tensor, place.sequence)
-        return tuple(functional.linear(x, weight, bias) for weight, bias in operands)
+        return tuple(linear.linear(x, *operand) for linear, operand in zip(linears, operands, strict=True))
     weights, biases = zip(*operands, strict=True)
-    return gathered_linears(x, weights, biases, place.tensor, place.sequence)
+    if place.tensor.alone:
+        return tuple(linear.linear(x, *operand) for linear, operand in zip(linears, operands, strict=True))
+    return gathered_linears(x, weights, biases, place.tensor, place.sequence, product_of(linears[0].library))
 
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, by the shape's `norm`, computed in float32 at least."""
 
-    def __init__(self, shape: ModelShape, place: ModelPlace = ONE_PROCESS) -> None:
+    def __init__(self, shape: ModelShape, kernels: Kernels, place: ModelPlace = ONE_PROCESS) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.hidden_size))
         self.bias = nn.Parameter(torch.empty(shape.hidden_size)) if shape.norm == "layernorm" else None
-        self.eps = shape.norm_eps
+        self.eps, self.functions = shape.norm_eps, norms(kernels.norm)
         self.cuts = dict.fromkeys(("weight", "bias"), replicated(place))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return functional.layer_norm(x, self.weight.shape, weight, bias, self.eps)
+            return self.functions.rms_norm(x, self.weight, self.eps)
+        return self.functions.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def after_adding(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """(the norm of x + branch, x + branch): the sum is read once while it is made."""
+        if self.bias is None:
+            return self.functions.add_rms_norm(x, branch, self.weight, self.eps)
+        return self.functions.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
 class Embedding(nn.Module):

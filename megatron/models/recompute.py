@@ -39,6 +39,8 @@ KEPT_OPERATIONS = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._flash_attention_forward.default,
+        _aten._cudnn_attention_forward.default,
     )
 )
 """Products with weights, and fused attention: dear to compute, and no larger than a layer's input. Batched products,

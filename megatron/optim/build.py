@@ -7,7 +7,8 @@ tensor a shard is says the same of its state.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.schema import OptimizerSection
+from megatron.kernels.adamw import wide_dtype
 from megatron.optim.apex_adam import ApexAdam
 from megatron.optim.groups import is_layer_matrix, parameter_groups
 from megatron.optim.muon import MuonAndAdamW
+from megatron.optim.triton_adamw import TritonAdamW
 
 _WRITER = "another optimizer or another model wrote it"
 _ADAM_KEYS = ("exp_avg", "exp_avg_sq", "step")
@@ -26,12 +29,13 @@ _ADAM_KEYS = ("exp_avg", "exp_avg_sq", "step")
 def build_optimizer(
     parameters: Mapping[str, Tensor], section: OptimizerSection, cut: Collection[str] = ()
 ) -> Optimizer:
-    """AdamW (torch's fused kernel: one pass over weights, gradients and moments; or apex's), Muon with AdamW, or SGD
-    with momentum. The learning rate is 0 until a step sets it.
+    """AdamW (torch's fused kernel: one pass over weights, gradients and moments; or apex's, or ours in Triton), Muon
+    with AdamW, or SGD with momentum. The learning rate is 0 until a step sets it.
 
-    parameters: local float32 or float64 tensors by global name, with `.grad` set before each step.
+    parameters: local float32 or float64 tensors by global name, with `.grad` set before each step; for Triton's kernel
+    also bfloat16 ones, the high halves of masters.
     cut: names of those that are parts of whole tensors; only Muon minds.
-    Raises ConfigError where Muon would get a part of a matrix, UnavailableError where apex cannot run.
+    Raises ConfigError where Muon would get a part of a matrix, UnavailableError where apex or Triton cannot run.
     """
     if section.name == "muon":
         _refuse_cut_matrices(parameters, cut)
@@ -41,6 +45,8 @@ def build_optimizer(
         return SGD(groups, lr=0.0, momentum=section.momentum)
     if section.implementation == "apex":
         return ApexAdam(groups, section.betas, section.eps)
+    if section.implementation == "triton":
+        return TritonAdamW(groups, section.betas, section.eps)
     return AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
 
 
@@ -50,7 +56,23 @@ def describe_optimizer(section: OptimizerSection) -> str:
         return f"SGD, momentum {section.momentum:g}" if section.momentum else "SGD"
     if section.name == "muon":
         return "torch's Muon for the matrices of layers, AdamW (torch's fused kernel) for the rest"
-    return "AdamW, apex's FusedAdam" if section.implementation == "apex" else "AdamW, torch's fused kernel"
+    kernels = {"torch": "torch's fused kernel", "apex": "apex's FusedAdam", "triton": "this project's Triton kernel"}
+    return f"AdamW, {kernels[section.implementation]}"
+
+
+def squares_of(section: OptimizerSection) -> Callable[[Sequence[Tensor], torch.device], Tensor] | None:
+    """The sum of squares that goes with an optimizer: one launch, beside Triton's AdamW. None: any will do."""
+    if (section.name, section.implementation) != ("adamw", "triton"):
+        return None
+    found: Callable[..., Tensor] = import_module("megatron.kernels.gradient_norm_triton").squared_norm_triton
+    return found
+
+
+def waits_for_no_numbers(section: OptimizerSection) -> bool:
+    """Whether the optimizer takes `grad_scale` and `found_inf` as tensors, as torch's fused AdamW does: gradients are
+    divided by the one as they are read, and nothing changes where the other is not 0.
+    """
+    return section.name == "adamw" and section.implementation in ("torch", "triton")
 
 
 def state_keys(section: OptimizerSection, name: str, ndim: int) -> tuple[str, ...]:
@@ -102,7 +124,7 @@ def load_state(
         name, key = place.rsplit("/", 1)
         parameter = parameters[name]
         shape = torch.Size() if key == "step" else parameter.shape
-        dtype = torch.float32 if key == "step" else parameter.dtype
+        dtype = torch.float32 if key == "step" else wide_dtype(parameter)
         if value.shape != shape or value.dtype != dtype:
             raise CheckpointError(
                 f"optimizer state {place} is {value.dtype} {list(value.shape)}, the model needs {dtype} {list(shape)}"

@@ -25,7 +25,11 @@ from torch.autograd.function import once_differentiable
 from megatron.config.errors import ConfigError
 from megatron.kernels.attention import AttentionBackend, Block, Piece, attention_sdpa_pieces, plan_pieces
 from megatron.kernels.attention_blockwise import attention_blockwise, plan_blocks
+from megatron.kernels.attention_flex import FlexPlan, attention_flex, plan_flex
+from megatron.kernels.attention_unfused import UnfusedPlan, attention_unfused, plan_unfused
+from megatron.kernels.attention_varlen import VarlenPlan, attention_cudnn, attention_varlen, plan_cudnn, plan_varlen
 from megatron.kernels.collectives import all_gather
+from megatron.kernels.document_lengths import DocumentBounds
 from megatron.parallel.axis import Axis
 
 ContextMethod = Literal["all-to-all", "gather"]
@@ -37,6 +41,9 @@ class ContextPlan:
 
     pieces: tuple[Piece, ...] = ()
     blocks: tuple[Block, ...] = ()
+    varlen: VarlenPlan | None = None
+    flex: FlexPlan | None = None
+    unfused: UnfusedPlan | None = None
 
 
 def choose_method(asked: str, key_value_heads: int, axis: Axis) -> tuple[ContextMethod, str]:
@@ -88,15 +95,35 @@ def local_positions(length: int, axis: Axis, method: ContextMethod) -> Tensor:
 
 
 def plan_context(
-    first: Tensor, dtype: torch.dtype, axis: Axis, method: ContextMethod, backend: AttentionBackend
+    first: Tensor,
+    dtype: torch.dtype,
+    axis: Axis,
+    method: ContextMethod,
+    backend: AttentionBackend,
+    bounds: DocumentBounds | None = None,
 ) -> ContextPlan:
-    """The plan for a microbatch whose positions see keys from first [batch, T] on (`piece_starts` of whole rows)."""
+    """The plan for a microbatch whose positions see keys from first [batch, T] on (`piece_starts` of whole rows).
+
+    bounds: `document_bounds` of the same rows, counted on the CPU before they were copied; without them "sdpa",
+    "varlen" and "cudnn" make the host wait for a GPU. Raises UnavailableError for "cudnn" with keys gathered.
+    """
     positions = None
     if not axis.alone and method == "gather":
         positions = local_positions(first.shape[1], axis, method)
-    if backend == "sdpa":
-        return ContextPlan(pieces=plan_pieces(first, positions))
-    return ContextPlan(blocks=plan_blocks(first, dtype, positions=positions))
+    divided = None if bounds is None else bounds.documents > first.shape[0]
+    match backend:
+        case "sdpa":
+            return ContextPlan(pieces=plan_pieces(first, positions, divided))
+        case "blockwise":
+            return ContextPlan(blocks=plan_blocks(first, dtype, positions=positions))
+        case "varlen":
+            return ContextPlan(varlen=plan_varlen(first, bounds, positions))
+        case "cudnn":
+            return ContextPlan(varlen=plan_cudnn(first, bounds, positions))
+        case "flex":
+            return ContextPlan(flex=plan_flex(first, divided, positions))
+        case "unfused":
+            return ContextPlan(unfused=plan_unfused(first, positions))
 
 
 def context_attention(
@@ -122,6 +149,12 @@ def context_attention(
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, plan: ContextPlan, backend: AttentionBackend) -> Tensor:
+    if plan.varlen is not None:
+        return (attention_cudnn if backend == "cudnn" else attention_varlen)(query, key, value, plan.varlen)
+    if plan.flex is not None:
+        return attention_flex(query, key, value, plan.flex)
+    if plan.unfused is not None:
+        return attention_unfused(query, key, value, plan.unfused)
     if backend == "sdpa":
         return attention_sdpa_pieces(query, key, value, plan.pieces)
     return attention_blockwise(query, key, value, plan.blocks)

@@ -8,48 +8,56 @@ the process even where the board does not answer.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, TypeVar
 
-import torch.distributed as dist
-
-from megatron.config.errors import (
-    EXIT_BUG,
-    EXIT_IO,
-    EXIT_LOST_PROCESS,
-    EXIT_WATCHDOG,
-    IO_REMEDIES,
-    StagemixError,
-)
+from megatron.config.errors import EXIT_BUG, EXIT_LOST_PROCESS, EXIT_WATCHDOG
 from megatron.parallel.health_board import Board, host_name, rank_words
+from megatron.parallel.health_words import (
+    code_of,
+    first_line,
+    follows_from_a_lost_peer,
+    show_stacks,
+    traceback_of,
+    waited_too_long,
+    words_of,
+)
 
 T = TypeVar("T")
 
 FIRST = "first failure"
+SHOWN = "shown"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ends the job. hang: the others show their stacks, too."""
+    """Why a rank ends the job. hang: the others show their stacks, too. when: seconds since 1970 on its host."""
 
     rank: int
     code: int
     message: str
     hang: bool = False
+    host: str = field(default_factory=host_name)
+    when: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def who(self) -> str:
+        """Whose it is; of a rank that was lost or hangs, who told of it."""
+        told = self.code in (EXIT_LOST_PROCESS, EXIT_WATCHDOG)
+        return f"{rank_words([self.rank])} {'noticed it' if told else 'failed'} first"
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds. poll: between looks at the board · grace: for the cause to be told before what follows from it is shown
-    · acknowledged: at most, for all to hear of the end · silent: without a sign of a rank, or an answer of the board ·
-    silent_in_a_stop: the same once a stop is asked for, since a launcher whose process was killed asks the rest to.
+    """Seconds. poll: between looks at the board · grace: for the cause to be told before what follows from it is shown,
+    and for rank 0 to meet what every rank does · acknowledged: at most, for all to hear of the end · silent: without a
+    sign of a rank, or an answer of the board · silent_in_a_stop: the same once a stop is asked for, since a launcher
+    whose process was killed asks the rest to.
     """
 
     poll: float = 1.0
@@ -69,14 +77,20 @@ class _Progress:
 class Health:
     """This rank's watch over itself and the others; `begin` starts it, `end` leaves the job in peace.
 
-    watchdog_seconds: without progress until the job ends; 0: never. To be set: record(code, reason), called where the
-    process ends for a failure, so that rank 0 writes exit.json; stop_asked(), whether a signal asked this rank to stop.
+    watchdog_seconds: without progress until the job ends; 0: never. speaks: says in full what all ranks see and no
+    board keeps to one of them. To be set: record(code, reason), called where the process ends for a failure, so that
+    rank 0 writes exit.json; tell(message, when, trace), the same for the launcher; stop_asked(), whether a signal asked
+    this rank to stop.
     """
 
-    def __init__(self, board: Board, watchdog_seconds: int, patience: Patience | None = None) -> None:
+    def __init__(
+        self, board: Board, watchdog_seconds: int, patience: Patience | None = None, speaks: bool = True
+    ) -> None:
         self.record: Callable[[int, str], None] = lambda code, reason: None
+        self.tell: Callable[[str, int, str], None] = lambda message, when, trace: None
         self.stop_asked: Callable[[], bool] = lambda: False
         self._board = board
+        self._speaks = speaks
         self._limit = watchdog_seconds
         self._patience = patience or Patience()
         self._progress = _Progress(time.monotonic(), "starting", 0)
@@ -112,14 +126,21 @@ class Health:
         failure = Failure(self._board.rank, code_of(error), words_of(error))
         if follows_from_a_lost_peer(error):
             # The cause, if a rank lived to tell it, is on the board soon.
-            self._hear_the_cause()
-            seen = _first_line(error)
+            self._hear_another()
+            seen = first_line(error)
             failure = self._hung(f"a collective timed out ({seen})") if waited_too_long(error) else self._lost(seen)
+        elif self._board.rank:
+            # What is wrong on every rank, a key of the config say, is nobody's: rank 0 meets it, too, and shows it.
+            self._hear_another()
         self._end(self._claim(failure), error)
 
     def fail_at_once(self, code: int, message: str) -> None:
         """Tells the others that this process ends now; returns, within seconds."""
-        self._claim(Failure(self._board.rank, code, message))
+        first = self._claim(Failure(self._board.rank, code, message))
+        if first.rank == self._board.rank:
+            self.tell(message, first.when, "")
+            _within(self._patience.poll, lambda: self._say(f"error: {message}"))
+            self._ask(self._patience.poll, lambda: self._board.another().count(SHOWN))
 
     # The end
 
@@ -129,26 +150,53 @@ class Health:
         return Failure(**first) if first else failure  # the board's host is gone: nobody hears us
 
     def _end(self, first: Failure, error: BaseException | None = None) -> NoReturn:
-        """Shows the first failure, has it recorded, and ends the process. One thread does; others wait for the end."""
+        """Shows the first failure, has it recorded, and ends the process. One thread does; others wait for the end.
+
+        The rank that failed first shows it, whole; the others leave it at that.
+        """
         with self._ending:
             self._exit_code = first.code
-            self._end_by = time.monotonic() + self._patience.acknowledged + 5
-            mine = first.rank == self._board.rank
+            self._end_by = time.monotonic() + self._patience.acknowledged + 8
+            mine, trace = first.rank == self._board.rank, ""
+            alike = error is not None and words_of(error) == first.message
             if first.hang:
                 show_stacks(self._board.rank)
-            if not mine:
-                self._say(f"{rank_words([first.rank])} failed first: {first.message}")
-            elif error is None or isinstance(error, StagemixError) or first.code in (EXIT_LOST_PROCESS, EXIT_IO):
-                self._say(f"error: {first.message}")
-            else:
-                self._say("".join(traceback.format_exception(error)).rstrip())
+            if mine:
+                trace = traceback_of(error, first.code)
+                self._say(trace or f"error: {first.message}")
+                self._ask(self._patience.poll, lambda: self._board.another().count(SHOWN))
+            elif self._board.rank == 0 and not alike:
+                self._say(self._words_about(first))
             try:
-                self.record(first.code, first.message if mine else f"rank {first.rank} failed first: {first.message}")
+                self.record(first.code, first.message if mine or alike else f"{first.who}: {first.message}")
             except Exception as second:
                 self._say(f"note: exit.json could not be written: {second}")
+            self._tell_the_launcher(first, trace)
             self._ask(self._patience.acknowledged + 1, lambda: self._acknowledge(mine))
             sys.stdout.flush()
             os._exit(first.code)
+
+    def _words_about(self, first: Failure) -> str:
+        """What rank 0 says of another's failure: all of it only where that rank did not live to."""
+        board, seconds = self._board, 2 * self._patience.poll
+
+        def shown() -> Any:
+            here = board.another()
+            return here.wait(lambda: here.count(SHOWN, 0), seconds)
+
+        if self._ask(seconds + 1, shown):
+            return f"{first.who}, with exit code {first.code}: see its own message"
+        return f"error: {first.who}: {first.message}"
+
+    def _tell_the_launcher(self, first: Failure, trace: str) -> None:
+        """torchrun takes the earliest for the cause, whoever ends first; each node has a torchrun of its own, so that
+        one rank of it says all."""
+        if first.rank == self._board.rank:
+            self.tell(first.message, first.when, trace)
+        elif self._speaks and first.host != host_name():
+            self.tell(f"{first.who}, on {first.host}: {first.message}", first.when + 1, "")
+        else:
+            self.tell(first.who, first.when + 2, "")
 
     def _acknowledge(self, mine: bool) -> None:
         """Says that this rank knows; who failed, or holds the board, stays until all have said so."""
@@ -179,7 +227,7 @@ class Health:
                 if self._limit and time.monotonic() - self._progress.since > self._limit:
                     self._hang()
             except (RuntimeError, OSError) as error:
-                self._gone = _first_line(error)
+                self._gone = first_line(error)
                 return
             self._answered = time.monotonic()
 
@@ -221,7 +269,7 @@ class Health:
         ordered = sorted(groups.items(), key=lambda item: (len(item[1]), item[1]))
         return "; ".join(f"{rank_words(ranks)}: {words}" for words, ranks in ordered)
 
-    def _hear_the_cause(self) -> None:
+    def _hear_another(self) -> None:
         """Waits a little for another's failure; the other thread ends the process when there is one."""
         end = time.monotonic() + self._patience.grace
         while time.monotonic() < end and not self._gone:
@@ -232,10 +280,13 @@ class Health:
         return None if self._gone else _within(seconds, question)
 
     def _lost(self, seen: str) -> Failure:
-        who = self._ask(4 * self._patience.poll, self._silent_words)
-        who = " (rank 0, or the launcher that holds the store)" if who is None else who
-        message = f"another process of the job was lost without a word{who}; seen here: {seen}. "
-        message += "Was it killed (by a user, or by the system where memory ran out)? Start the same command again"
+        found = self._ask(4 * self._patience.poll, self._silent_words)
+        who = " (rank 0, or the launcher that holds the store)" if found is None else found
+        message = f"another process of the job was lost without a word{who}"
+        # Without a store every rank is the first to fail: those that do not speak for others say no more than this.
+        if found is not None or self._speaks:
+            message += f"; seen here: {seen}. Was it killed (by a user, or by the system where memory ran out)? "
+            message += "Start the same command again"
         return Failure(self._board.rank, EXIT_LOST_PROCESS, message)
 
     def _silent_words(self) -> str:
@@ -273,49 +324,6 @@ class Health:
                 self._end(self._lost(f"the job's store did not answer for {patience.silent:.0f} seconds"))
 
 
-def code_of(error: BaseException) -> int:
-    """The exit code that an error stands for."""
-    if isinstance(error, StagemixError):
-        return error.exit_code
-    return EXIT_IO if isinstance(error, OSError) and error.errno in IO_REMEDIES else EXIT_BUG
-
-
-def words_of(error: BaseException) -> str:
-    """An error as a message; errors that are not for users come with their type."""
-    return str(error) if isinstance(error, StagemixError) else f"{type(error).__name__}: {error}"
-
-
-_PEER_WORDS = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "broken pipe",
-    "nccl",
-    "gloo/transport",
-    "timed out waiting",
-    "processgroup",
-)
-
-
-def follows_from_a_lost_peer(error: BaseException) -> bool:
-    """Whether an error is what a collective says when the other side has gone, or what was raised from one."""
-    if isinstance(error, StagemixError):
-        return isinstance(error.__cause__, dist.DistError)
-    return any(
-        isinstance(one, dist.DistError)
-        or (isinstance(one, RuntimeError) and any(words in str(one).lower() for words in _PEER_WORDS))
-        for one in (error, error.__cause__, error.__context__)
-    )
-
-
-def waited_too_long(error: BaseException) -> bool:
-    """Whether a collective gave up because another rank never came to it."""
-    return any("timed out" in str(one).lower() for one in (error, error.__cause__, error.__context__) if one)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{words_of(error).splitlines()[0].partition('. This is typically')[0]:.300}"
-
-
 def _within(seconds: float, action: Callable[[], T]) -> T | None:
     """What the action gives; None where it takes longer or the store is gone. A store's host that is stopped would
     hold the caller for good, so the action runs in a thread that may be left behind."""
@@ -329,13 +337,3 @@ def _within(seconds: float, action: Callable[[], T]) -> T | None:
     thread.start()
     thread.join(seconds)
     return given[0] if given else None
-
-
-def show_stacks(rank: int) -> None:
-    """The stacks of all threads of this process, on standard error."""
-    try:
-        descriptor = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
-        os.write(descriptor, f"[rank {rank}] stacks of process {os.getpid()} on {host_name()}:\n".encode())
-        faulthandler.dump_traceback(descriptor, all_threads=True)
-    except (OSError, ValueError):
-        pass  # nowhere to show them

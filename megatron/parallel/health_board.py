@@ -9,7 +9,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -76,12 +76,11 @@ def host_name() -> str:
 
 
 def open_board(who: Launched, start_seconds: int) -> Board:
-    """The job's board, once every rank stands before it.
+    """The job's board; the others need not stand before it yet.
 
-    Raises LostProcessError that names the ranks that did not come within start_seconds, ConfigError where nothing says
-    where the ranks meet.
+    Raises LostProcessError where the store is not there, or its host misses ranks, within start_seconds; ConfigError
+    where nothing says where the ranks meet.
     """
-    begin = time.monotonic()
     try:
         found = rendezvous("env://", who.rank, who.world_size, timeout=timedelta(seconds=start_seconds))
         store, _, _ = next(found)
@@ -96,19 +95,31 @@ def open_board(who: Launched, start_seconds: int) -> Board:
             f"(health.start_seconds): {_first_line(error)}. See that every one was started, that MASTER_ADDR is the "
             "first one's host and that MASTER_PORT is free there and open to the others"
         ) from None
-    board = Board(PrefixStore("stagemix", store), who.rank, who.world_size)
-    board.post(f"here/{who.rank}", host_name())
-    if who.local_rank == 0:
-        board.count("nodes")
-    board.count("here")
-    left = max(1.0, start_seconds - (time.monotonic() - begin))
-    if not board.wait(lambda: board.count("here", 0) >= who.world_size, left):
-        missing = [rank for rank in range(who.world_size) if board.read(f"here/{rank}") is None]
+    return Board(PrefixStore("stagemix", store), who.rank, who.world_size)
+
+
+def gather(board: Board, who: Launched, start_seconds: int, left: float) -> Board:
+    """The board, with the number of nodes, once every rank stands before it.
+
+    left: what is left of start_seconds. Raises LostProcessError that names the ranks that did not come.
+    """
+    try:
+        board.post(f"here/{who.rank}", host_name())
+        if who.local_rank == 0:
+            board.count("nodes")
+        board.count("here")
+        if not board.wait(lambda: board.count("here", 0) >= who.world_size, left):
+            missing = [rank for rank in range(who.world_size) if board.read(f"here/{rank}") is None]
+            raise LostProcessError(
+                f"{rank_words(missing)} of {who.world_size} did not come within {start_seconds} seconds "
+                "(health.start_seconds): see that every process was started, and the first messages of those"
+            )
+        return replace(board, nodes=board.count("nodes", 0))
+    except DistError as error:
         raise LostProcessError(
-            f"{rank_words(missing)} of {who.world_size} did not come within {start_seconds} seconds "
-            "(health.start_seconds): see that every process was started, and the first messages of those"
-        )
-    return Board(board.store, board.rank, board.world_size, board.count("nodes", 0))
+            f"rank {who.rank} ({host_name()}) waited for all {who.world_size} processes, and the one that keeps their "
+            f"store, rank 0 or the launcher, ended before they had come ({_first_line(error)}): see its message"
+        ) from None
 
 
 def rank_words(ranks: list[int]) -> str:

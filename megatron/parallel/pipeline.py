@@ -23,6 +23,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
+from megatron.kernels.document_lengths import DocumentBounds
 from megatron.parallel.axis import Axis
 
 SCHEDULES: dict[str, Any] = {
@@ -37,17 +38,24 @@ SPLIT_BACKWARD = ("zero-bubble", "zbv")
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples side by side: tokens, targets, document_ids [n, T], sample_numbers [n]."""
+    """Samples side by side: tokens, targets, document_ids [n, T], sample_numbers [n]. bounds: of the documents of any
+    one microbatch in it, where they were counted before the rows were copied to a device."""
 
     tokens: Tensor
     targets: Tensor
     document_ids: Tensor
     sample_numbers: Tensor
+    bounds: DocumentBounds | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
         """The rows of several microbatches, one after the other."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        tensors = [field.name for field in fields(cls) if field.name != "bounds"]
+        counted = [part.bounds for part in parts if part.bounds is not None]
+        bounds = None
+        if counted and len(counted) == len(parts):
+            bounds = DocumentBounds(max(b.documents for b in counted), max(b.longest for b in counted))
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in tensors), bounds=bounds)
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Pipeline:
         given = {"document_ids": rows.document_ids, "sample_numbers": rows.sample_numbers, "targets": rows.targets}
         # Not among what is given: up to torch 2.11 split backward passes take tensors only.
         for module in self._modules.values():
-            module.scale = scale  # type: ignore[assignment]
+            module.scale, module.bounds = scale, rows.bounds  # type: ignore[assignment]
         target = {"target": rows.targets} if self.holds_last else {}
         outputs = schedule.step(*inputs, **target, **given)
         return None if outputs is None else outputs[1].detach()
@@ -148,6 +156,8 @@ class Pipeline:
         """
         hidden: Tensor | None = None
         losses: Tensor | None = None
+        for module in self._modules.values():
+            module.bounds = rows.bounds  # type: ignore[assignment]
         for number, owner in enumerate(self._owners):
             if owner != self._axis.rank:
                 continue

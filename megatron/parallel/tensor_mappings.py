@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron.kernels.collectives import all_gather, reduce_scatter
+from megatron.kernels.matrix_product import Product, add_product, torch_product
 from megatron.parallel.axis import Axis
 
 
@@ -153,12 +154,17 @@ def gather_from_sequence(x: Tensor, axis: Axis) -> Tensor:
 
 class _GatheredLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, sequence: bool, count: int, *parameters: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, sequence: bool, product: Product, count: int, *parameters: Tensor | None
+    ) -> Any:
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, *weights)
-        ctx.axis, ctx.sequence, ctx.biased = axis, sequence, [bias is not None for bias in biases]
+        ctx.axis, ctx.sequence, ctx.product = axis, sequence, product
+        ctx.biased = [bias is not None for bias in biases]
         whole = _Gather(x, axis).whole() if sequence else x
-        return tuple(functional.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        flat = whole.reshape(-1, whole.shape[-1])
+        made = [product(flat, w.t()).view(*whole.shape[:-1], w.shape[0]) for w in weights if w is not None]
+        return tuple(y if b is None else y.add_(b) for y, b in zip(made, biases, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -167,18 +173,23 @@ class _GatheredLinears(torch.autograd.Function):
         gather = _Gather(x, ctx.axis) if ctx.sequence else None
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         # The gather runs beside these products, the sum of their result beside those of the weights' gradients.
-        x_grad = rows[0] @ weights[0]
+        x_grad = ctx.product(rows[0], weights[0])
         for grad, weight in zip(rows[1:], weights[1:], strict=True):
-            x_grad.addmm_(grad, weight)
+            x_grad = add_product(x_grad, grad, weight, ctx.product)
         summed = _Reduce(x_grad.view(*grads[0].shape[:-1], x.shape[-1]), ctx.axis, ctx.sequence)
         inputs = (x if gather is None else gather.whole()).reshape(-1, x.shape[-1])
-        weight_grads = [grad.t() @ inputs for grad in rows]
+        weight_grads = [ctx.product(grad.t(), inputs) for grad in rows]
         bias_grads = [grad.sum(0) if biased else None for grad, biased in zip(rows, ctx.biased, strict=True)]
-        return summed.result(), None, None, None, *weight_grads, *bias_grads
+        return summed.result(), None, None, None, None, *weight_grads, *bias_grads
 
 
 def gathered_linears(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], axis: Axis, sequence: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    axis: Axis,
+    sequence: bool,
+    product: Product = torch_product,
 ) -> tuple[Tensor, ...]:
     """x W^T + b for each weight [outputs, inputs], cut by outputs, with x entering once: [batch, T, outputs] each.
 
@@ -188,4 +199,4 @@ def gathered_linears(
     """
     if axis.alone:
         return tuple(functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-    return _GatheredLinears.apply(x, axis, sequence, len(weights), *weights, *biases)  # type: ignore[no-any-return]
+    return _GatheredLinears.apply(x, axis, sequence, product, len(weights), *weights, *biases)  # type: ignore[no-any-return]

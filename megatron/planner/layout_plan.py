@@ -48,7 +48,8 @@ def plan_layout(
     where the vocabulary is known. Raises ConfigError where the number of processes is no multiple of the named axes.
     """
     layout = resolve_layout(section, processes or default_processes(section))
-    found = refusals(section, layout, shape, train, optimizer, batches, train.precision)
+    known = processes is not None
+    found = refusals(section, layout, shape, train, optimizer, batches, train.precision, known)
     plan: dict[str, Any] = {
         "processes": layout.world_size,
         "words": _words(section, layout),

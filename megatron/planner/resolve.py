@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import ConfigError
-from megatron.config.schema import RunConfig, ValidationSection
+from megatron.config.layout import Layout
+from megatron.config.layout_sizes import batch_remedy
+from megatron.config.schema import ParallelSection, RunConfig, ValidationSection
 from megatron.data.fim import FimSentinels, source_rates
 from megatron.data.ledger import Ledger, SourceRecord, StageRecord
 from megatron.data.past import Today, check_past, check_words, frozen_stages, match_by_content, record_lr
@@ -75,6 +77,7 @@ def resolve_run(
     tokenizer: TokenizerIdentity | None = None,
     fim_sentinels: FimSentinels | None = None,
     allow_lr_change: bool = False,
+    layout: Layout | None = None,
 ) -> ResolvedRun:
     """Opens the sources and resolves schedule and learning rate.
 
@@ -83,19 +86,13 @@ def resolve_run(
         tokenizer: checked against every source's files where given.
         fim_sentinels: the tokenizer's, where it has them; needed where a tokenizer is given and a stage has a rate.
         allow_lr_change: permits another learning rate in a begun stage; it is recorded as an event.
+        layout: over the run's processes, where their number is known; it only decides what errors recommend.
 
     Raises ConfigError, DataError, and ChangedPastError where the config contradicts the ledger.
     """
     if ledger is not None:
         check_words(ledger, config.stages, config.sources)
-    sources = open_sources(
-        config.sources,
-        seed=config.run.seed,
-        seq_length=config.model.seq_length,
-        holdout_fraction=config.validation.fraction,
-        cache_dir=cache_folder(config),
-        tokenizer=tokenizer,
-    )
+    sources = _opened(config, tokenizer)
     identities = {name: source.identity() for name, source in sources.items()}
     taken = _taken_cursors(config, identities, begun=len(ledger.stages) if ledger is not None else 0)
     schedule = resolve_schedule(
@@ -111,7 +108,7 @@ def resolve_run(
     )
     if tokenizer is not None and fim_sentinels is None:
         _refuse_fim(schedule, tokenizer.name)
-    check_batches(schedule, config.train.micro_batch_size)
+    check_batches(schedule, config.train.micro_batch_size, config.parallel, layout)
     lr = resolve_lr(config.stages, schedule)
     identity, validation = tokenizer.fingerprint if tokenizer else "", validation_split(config.validation)
     if ledger is None:
@@ -128,6 +125,17 @@ def resolve_run(
     check_past(ledger, schedule, today)
     events = record_lr(ledger, today, allow_lr_change)
     return ResolvedRun(sources, schedule, lr, ledger, taken, fim_sentinels, tuple(events))
+
+
+def _opened(config: RunConfig, tokenizer: TokenizerIdentity | None) -> dict[str, OpenSource]:
+    return open_sources(
+        config.sources,
+        seed=config.run.seed,
+        seq_length=config.model.seq_length,
+        holdout_fraction=config.validation.fraction,
+        cache_dir=cache_folder(config),
+        tokenizer=tokenizer,
+    )
 
 
 def _refuse_fim(schedule: Schedule, tokenizer: str) -> None:
@@ -152,15 +160,21 @@ def _taken_cursors(config: RunConfig, identities: Mapping[str, Mapping[str, Any]
     }
 
 
-def check_batches(schedule: Schedule, micro_batch_size: int) -> None:
-    """Raises ConfigError for a training stage whose global batch is not whole microbatches."""
+def check_batches(
+    schedule: Schedule, micro_batch_size: int, parallel: ParallelSection, layout: Layout | None = None
+) -> None:
+    """Raises ConfigError for a training stage whose global batch is not whole microbatches.
+
+    layout: over the processes of the run, where their number is known: what is recommended then fits it, too.
+    """
+    over = f" x {layout.data} data ranks = {micro_batch_size * layout.data}" if layout and layout.data > 1 else ""
     for stage in schedule.stages:
         for shape in stage.shapes.steps:
-            whole, left = divmod(shape.global_batch_size, micro_batch_size)
-            if left:
-                near = [str(n * micro_batch_size) for n in (whole, whole + 1) if n]
+            size = shape.global_batch_size
+            if size % micro_batch_size:
+                axes = (ParallelSection(), Layout()) if layout is None else (parallel, layout)
                 raise ConfigError(
-                    f"stage {stage.name!r}: global_batch_size {shape.global_batch_size} is not a multiple of "
-                    f"micro_batch_size {micro_batch_size}: set train.global_batch_size to {' or '.join(near)} (or the "
-                    "stage's own, or that of its shapes or batch_ramp)"
+                    f"stage {stage.name!r}: global_batch_size {size} is not a multiple of micro_batch_size "
+                    f"{micro_batch_size}{over}: set train.global_batch_size to "
+                    f"{batch_remedy(*axes, micro_batch_size, size)}"
                 )

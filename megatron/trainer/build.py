@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
-from megatron.config.errors import DataError, UnavailableError
+from megatron.config.errors import DataError
 from megatron.config.layout import Layout, resolve_layout
 from megatron.config.layout_checks import check_layout, notes_of_layout
 from megatron.config.load import config_to_tables, config_to_toml
@@ -22,16 +22,17 @@ from megatron.data.ledger import Ledger
 from megatron.data.loader import BatchLoader, validation_batches
 from megatron.data.native import backend_name
 from megatron.data.sources import TokenizerIdentity
-from megatron.engines.base import Engine, PrecisionChoice
+from megatron.engines.base import Engine
 from megatron.engines.build import build_engine
-from megatron.engines.precision import bf16_support, choose_precision
+from megatron.kernels.choice import Kernels
 from megatron.metrics.console import Console
 from megatron.metrics.sinks import JsonlSink, Sink
-from megatron.parallel.mesh import Mesh, local_device
+from megatron.parallel.mesh import Mesh
 from megatron.planner.layout_plan import batches_of
 from megatron.planner.resolve import ResolvedRun, resolve_run
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.load import load_tokenizer
+from megatron.trainer.chosen import Chosen, choose
 from megatron.trainer.hooks import Checkpoint, CompareOrder, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.job import Job, OneProcess
 from megatron.trainer.loop import Run
@@ -106,23 +107,23 @@ def build(
     manager = CheckpointManager(folder.checkpoints, config.checkpoint.keep, board=board, say=console.say)
     job.at("looks for a checkpoint")
     found = find_checkpoint(start, folder, manager, console.say, job.writes)
-    resolved = job.in_turn("opens the data", lambda: _resolve(config, tokenizer, found, allow_lr_change, job))
+    resolved = job.in_turn("opens the data", lambda: _resolve(config, tokenizer, found, allow_lr_change, job, layout))
     job.agree("data", data_facts(resolved, tokenizer), DataError)
     if found:
         vars(state).update(vars(TrainerState.from_json(found.state)))
     if state.consumed_samples >= resolved.schedule.samples:
         return None
-    check_takes(config.stages[len(resolved.ledger.stages) :], board)
     shape = resolve_model(
         config.model, tokenizer.vocab_size, max(stage.seq_length for stage in resolved.schedule.stages)
     )
+    check_takes(config.stages[len(resolved.ledger.stages) :], shape, board)
     if found:
         check_shape(found, shape)
-    precision = _precision(config, shape, found, job)
-    _check_layout(config, layout, shape, resolved, precision)
+    chosen = choose(config, shape, found, job)
+    _check_layout(config, layout, shape, resolved, chosen.precision.name)
     mesh = job.open_mesh(layout)
     job.at("makes the model")
-    engine = _engine(config, shape, precision, found, mesh)
+    engine = _engine(config, shape, chosen, found, mesh)
     run_id = job.share("run id", lambda: found.state["run_id"] if found else uuid.uuid4().hex[:12])
     sinks = _optional_sinks(config, folder, state, run_id) if job.writes else []
     settle(found, folder, manager, console.say, job.writes)
@@ -130,10 +131,10 @@ def build(
     if job.writes:
         folder.write("config.toml", resolved_words)
         sinks = [JsonlSink(folder.metrics), console, *sinks]
-    constants = constants_of(run_id, shape.to_json(), precision, tokenizer, resolved)
+    constants = constants_of(run_id, shape.to_json(), chosen.precision, chosen.kernels, tokenizer, resolved)
     files = files_of(resolved_words, tokenizer)
     saver = Saver(manager, state, engine, sinks, constants, resolved, files, config.checkpoint.asynchronous)
-    lines = description(config, resolved, engine, precision, found, state)
+    lines = description(config, resolved, engine, chosen, found, state)
     lines += [f"  note: {note}" for note in notes_of_layout(config.parallel, layout, shape, job.who.local_world_size)]
     lines.append(f"resolved config, kept in {folder.path / 'config.toml'} and with every checkpoint:")
     for line in [*lines, *(f"  {line}".rstrip() for line in resolved_words.splitlines())]:
@@ -176,25 +177,36 @@ def _assemble(
         over_ranks=job.over_ranks(mesh),
         hooks=[
             lambda step: job.at("after a step", step.state.step),
-            Log(sinks, names, clock),
+            Log(sinks, names, clock, engine.describe()),
             CompareOrder(resolved.ledger.order),
             Validate(validation.every, engine, held_out, names, sinks, clock),
             StopWhereNothingIsLearnt(train.max_non_finite, saver.manager.newest_name),
             Checkpoint(config.checkpoint.every, saver, clock, saver.manager.poll),
         ],
         clock=clock,
+        looks_at=lambda step: step % config.checkpoint.every == 0 or step % validation.every == 0,
     )
     return Built(run, loader, list(sinks), resolved.schedule.samples, saver.manager)
 
 
 def _resolve(
-    config: RunConfig, tokenizer: Tokenizer, found: CheckpointRef | None, allow_lr_change: bool, job: Job
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    found: CheckpointRef | None,
+    allow_lr_change: bool,
+    job: Job,
+    layout: Layout,
 ) -> ResolvedRun:
     identity = TokenizerIdentity.of(tokenizer)
     ledger = Ledger.from_json(found.state["data"]) if found else None
     sentinels = sentinels_of(tokenizer, config.tokenizer.fim)
     resolved = resolve_run(
-        config, ledger=ledger, tokenizer=identity, fim_sentinels=sentinels, allow_lr_change=allow_lr_change
+        config,
+        ledger=ledger,
+        tokenizer=identity,
+        fim_sentinels=sentinels,
+        allow_lr_change=allow_lr_change,
+        layout=layout,
     )
     if job.who.world_size > 1:
         _prepare_epochs(resolved)
@@ -212,21 +224,18 @@ def _prepare_epochs(resolved: ResolvedRun) -> None:
             order.prepare((record.cursor.get("cursor", 0) if record else 0) // order.epoch_tokens)
 
 
-def _check_layout(
-    config: RunConfig, layout: Layout, shape: ModelShape, resolved: ResolvedRun, precision: PrecisionChoice
-) -> None:
+def _check_layout(config: RunConfig, layout: Layout, shape: ModelShape, resolved: ResolvedRun, precision: str) -> None:
     batches = batches_of(resolved.schedule, config.model.seq_length if config.validation.fraction else None)
-    check_layout(config.parallel, layout, shape, config.train, config.optimizer, batches, precision.name)
+    check_layout(config.parallel, layout, shape, config.train, config.optimizer, batches, precision)
 
 
-def _engine(
-    config: RunConfig, shape: ModelShape, precision: PrecisionChoice, found: CheckpointRef | None, mesh: Mesh
-) -> Engine:
+def _engine(config: RunConfig, shape: ModelShape, chosen: Chosen, found: CheckpointRef | None, mesh: Mesh) -> Engine:
     # A new run's random state is a function of its seed alone, never of what the process did before.
     torch.manual_seed(config.run.seed)
     sections = (config.optimizer, config.parallel, config.train)
     weights = found.model() if found else None
-    engine = build_engine(shape, *sections, config.run.seed, precision.name, mesh, weights)
+    kernels = Kernels(**chosen.kernels.kernels)
+    engine = build_engine(shape, *sections, config.run.seed, chosen.precision.name, mesh, weights, kernels)
     if found:
         engine.load_optimizer_state(found.optimizer())
         engine.load_rng_state(found.rng())
@@ -237,7 +246,7 @@ def description(
     config: RunConfig,
     resolved: ResolvedRun,
     engine: Engine,
-    precision: PrecisionChoice,
+    chosen: Chosen,
     found: CheckpointRef | None,
     state: TrainerState,
 ) -> list[str]:
@@ -249,27 +258,13 @@ def description(
         f"run {config.run.name} {where}",
         f"  {format_count(engine.parameter_count())} parameters, {schedule.steps} steps, "
         f"{format_count(schedule.tokens)} tokens in {len(schedule.stages)} training stages: {stages}",
-        f"  precision {precision.reason}",
+        f"  precision {chosen.precision.reason}",
+        f"  kernels {chosen.kernels.reason}",
         f"  data index: {backend_name()}",
     ]
     lines += [f"  {key}: {value}" for key, value in engine.describe().items() if key != "precision"]
     lines += [f"  note: stage {s.name!r}: {note}" for s in schedule.stages for note in s.notes]
     return lines + [f"  note: {event['event']} in stage {event['stage']!r}" for event in resolved.events]
-
-
-def _precision(config: RunConfig, shape: ModelShape, found: CheckpointRef | None, job: Job) -> PrecisionChoice:
-    """What rank 0 measured at step 0 is kept for the whole run, on all ranks (law T2)."""
-    asked = config.train.precision
-    if found and asked in ("auto", found.state["precision"]["name"]):
-        return PrecisionChoice(**found.state["precision"])
-
-    def choose() -> dict[str, Any]:
-        return asdict(choose_precision(asked, shape, config.train.micro_batch_size, config.model.seq_length))
-
-    choice = PrecisionChoice(**job.share("precision", choose))
-    if choice.name == "bf16" and (obstacle := bf16_support(local_device(job.who.local_rank))):
-        raise UnavailableError(f"train.precision is bf16 and cannot run on every process: {obstacle}; set it to fp32")
-    return choice
 
 
 def data_facts(resolved: ResolvedRun, tokenizer: Tokenizer) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron.config.errors import NonFiniteError
@@ -17,16 +17,28 @@ ASIDE = ("validation", "checkpoint")
 
 
 class Log:
-    """Writes one row a step to every sink. `sources`: the source names, by source id."""
+    """Writes one row a step to every sink.
 
-    def __init__(self, sinks: Sequence[Sink], sources: Sequence[str], clock: StepClock) -> None:
+    sources: the source names, by source id. start: what runs since this start, in the engine's words; the first row
+    carries it, so that whatever sets rows aside at a resume sets aside the record of what made them.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        sources: Sequence[str],
+        clock: StepClock,
+        start: Mapping[str, str] | None = None,
+    ) -> None:
         self._sinks = sinks
         self._sources = sources
         self._clock = clock
+        self._unsaid = {"start": dict(start)} if start else {}
 
     def __call__(self, step: Step) -> None:
         """Logs `step`."""
-        row = self._what_was_learnt(step) | self._what_it_took(step)
+        row = self._what_was_learnt(step) | self._what_it_took(step) | self._unsaid
+        self._unsaid = {}
         for sink in self._sinks:
             sink.write(row)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -13,10 +14,11 @@ from megatron.checkpoint.board import Board, LocalBoard
 from megatron.config.errors import StagemixError
 from megatron.config.layout import Layout
 from megatron.config.schema import HealthSection
+from megatron.launch.torchrun import tell_torchrun
 from megatron.metrics.meters import StepClock
 from megatron.parallel.health import Health
 from megatron.parallel.health_agreement import agree
-from megatron.parallel.health_board import open_board
+from megatron.parallel.health_board import gather, open_board
 from megatron.parallel.mesh import Launched, Mesh, close_mesh, local_device, one_process_mesh, open_mesh
 from megatron.parallel.rank_board import RankBoard
 from megatron.trainer.over_ranks import AllRanks, OneRank, OverRanks
@@ -99,16 +101,24 @@ class OneProcess:
 
 
 class Rank:
-    """One process of several. Made first of all; `close` or `fail` last."""
+    """One process of several. Made first of all, then `meet`; `close` or `fail` last."""
 
     def __init__(self, who: Launched, section: HealthSection) -> None:
-        """Finds the others. Raises LostProcessError, ConfigError."""
+        """Finds the store of the job. Raises LostProcessError, ConfigError."""
         self.who = who
         self.writes = who.rank == 0
+        self._start_seconds, self._begin = section.start_seconds, time.monotonic()
         # Longer than the watchdog waits, which knows more than a collective that gives up.
         self._limit_seconds = max(section.start_seconds, section.watchdog_seconds + 60)
         self._board = open_board(who, section.start_seconds)
-        self.health = Health(self._board, section.watchdog_seconds)
+        # One of each node; and rank 1, for where rank 0 is the one that was lost.
+        self.health = Health(self._board, section.watchdog_seconds, speaks=who.local_rank == 0 or who.rank == 1)
+        self.health.tell = tell_torchrun
+
+    def meet(self) -> None:
+        """Waits for the others, and watches them from then on. Raises LostProcessError."""
+        left = max(1.0, self._start_seconds - (time.monotonic() - self._begin))
+        self._board = gather(self._board, self.who, self._start_seconds, left)
         self.health.begin()
 
     def share(self, name: str, make: Callable[[], Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.checkpoint.manager import CheckpointManager
 from megatron.config.version import VERSION
-from megatron.engines.base import Engine, PrecisionChoice
+from megatron.engines.base import Engine, KernelChoice, PrecisionChoice
 from megatron.metrics.sinks import Sink
 from megatron.planner.resolve import ResolvedRun
 from megatron.tokenizers.base import Tokenizer
@@ -50,7 +50,12 @@ class Saver:
 
 
 def constants_of(
-    run_id: str, shape: dict[str, Any], precision: PrecisionChoice, tokenizer: Tokenizer, resolved: ResolvedRun
+    run_id: str,
+    shape: dict[str, Any],
+    precision: PrecisionChoice,
+    kernels: KernelChoice,
+    tokenizer: Tokenizer,
+    resolved: ResolvedRun,
 ) -> dict[str, Any]:
     """The part of `state.json` that does not change from step to step."""
     stages = resolved.schedule.stages
@@ -60,6 +65,7 @@ def constants_of(
         "run_id": run_id,
         "model": shape,
         "precision": asdict(precision),
+        "kernels": asdict(kernels),
         "tokenizer": {
             "name": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,

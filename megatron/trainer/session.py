@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.config.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, StagemixError
 from megatron.config.load import config_to_tables
-from megatron.config.schema import RunConfig
+from megatron.config.schema import HealthSection, RunConfig
+from megatron.launch.torchrun import tell_torchrun
 from megatron.metrics.console import Console
-from megatron.parallel.health import code_of
 from megatron.parallel.health_agreement import flat, program_facts
+from megatron.parallel.health_words import code_of
 from megatron.parallel.mesh import launched
 from megatron.trainer.build import build
 from megatron.trainer.job import Job, OneProcess, Rank
@@ -68,17 +70,34 @@ def _train_as_a_rank(config: RunConfig, start: Start, allow_lr_change: bool, ran
     try:
         with StopSignals(at_once) as stop:
             rank.health.stop_asked = lambda: stop.requested
-            rank.agree("start", start_facts(config, start, allow_lr_change), ConfigError)
-            if rank.writes:
-                folder.open()
-            code, reason = _train(config, start, allow_lr_change, folder, state, console, stop, rank)
-            record(code, reason)
-            rank.close()
-    except BaseException as error:
-        rank.fail(error)
+            try:
+                rank.meet()
+                rank.agree("start", start_facts(config, start, allow_lr_change), ConfigError)
+                if rank.writes:
+                    folder.open()
+                code, reason = _train(config, start, allow_lr_change, folder, state, console, stop, rank)
+                record(code, reason)
+                rank.close()
+            except BaseException as error:
+                # Inside, since a launcher that sees the first end asks the rest to stop: they end with the job's code.
+                rank.fail(error)
     finally:
         folder.close()
     return code
+
+
+def refuse(error: StagemixError, seconds: int = 30) -> NoReturn:
+    """Ends a process for an error that came before its run, in the command line or the config. One of several ends with
+    the others, so that one shows what all of them met; alone, or without the others within `seconds`, it raises.
+    """
+    who = launched()
+    if who.world_size > 1:
+        # A launcher that sees the first of them end asks the rest to stop: they end with the same code.
+        with contextlib.suppress(StagemixError), StopSignals(lambda number: None):
+            rank = Rank(who, HealthSection(start_seconds=seconds))
+            rank.meet()
+            rank.fail(error)
+    raise error
 
 
 def start_facts(config: RunConfig, start: Start, allow_lr_change: bool) -> dict[str, Any]:
@@ -109,7 +128,9 @@ def _train(
     if built.complete:
         console.say(f"run {config.run.name} is complete: {state.step} steps, {state.consumed_tokens} tokens")
         return EXIT_DONE, "complete"
-    console.say(f"{signal_name}: stopped at step {state.step}; start the same command again to go on")
+    words = f"{signal_name}: stopped at step {state.step}; start the same command again to go on"
+    console.say(words)
+    tell_torchrun(words)
     return EXIT_REQUEUE, signal_name
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.checkpoint.board import Board
-from megatron.checkpoint.tensor_shards import TensorSource, WholeTensors
+from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
 from megatron.config.schema import StageSection
 from megatron.engines.base import Engine
 from megatron.engines.model_parts import InitialWeights
-from megatron.hf.import_weights import load_hf_weights, tensor_files
+from megatron.hf.import_weights import HuggingFaceTensors
 from megatron.trainer.resume import Say, whole_checkpoint_at
 from megatron.trainer.state import TrainerState
 
@@ -65,13 +65,13 @@ class StageStart:
             return InitialWeights(self._shape, self._seed)
         path = Path(words)
         if is_hugging_face(path):
-            return WholeTensors(load_hf_weights(path, self._shape))
+            return HuggingFaceTensors(path, self._shape)
         return whole_checkpoint_at(path, self._board).model()
 
 
-def check_takes(sections: Sequence[StageSection], board: Board | None = None) -> None:
+def check_takes(sections: Sequence[StageSection], shape: ModelShape, board: Board | None = None) -> None:
     """All ranks of the board: looks at everything that the stages yet to begin will take over, so that a mistake is
-    found before training.
+    found before training. Of a Hugging Face folder that is every name, size and dtype, but no value.
 
     Raises CheckpointError or ConfigError that names the stage.
     """
@@ -85,11 +85,11 @@ def check_takes(sections: Sequence[StageSection], board: Board | None = None) ->
                 raise ConfigError(f"{where}: no such folder: give a checkpoint folder or a run's output folder")
             try:
                 if is_hugging_face(path) and key == "weights":
-                    tensor_files(path)
+                    HuggingFaceTensors(path, shape)
                 else:
                     whole_checkpoint_at(path, board)
-            except CheckpointError as error:
-                raise CheckpointError(f"{where}: {error}") from None
+            except (CheckpointError, ConfigError) as error:
+                raise type(error)(f"{where}: {error}") from None
 
 
 def is_hugging_face(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.config.model_shape import resolve_model
 from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
 from megatron.engines.base import Engine, StepResult
 from megatron.engines.build import build_engine
+from megatron.kernels.choice import Kernels
 from megatron.kernels.cross_entropy import IGNORED
 from megatron.models.decoder import Decoder
 
@@ -62,7 +64,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_ten_steps_equal_a_plain_loop_in_float64(optimizer: OptimizerSection) -> None:
     ours = engine("fp64", optimizer)
-    model = Decoder(SHAPE, "sdpa").double()
+    model = Decoder(SHAPE, Kernels(attention="sdpa")).double()
     model.load_state_dict(copy_of(ours.model_state()))
     decay = [p for p in model.parameters() if p.ndim > 1]
     groups = [{"params": decay}, {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
@@ -231,3 +233,95 @@ def test_a_parameter_without_a_gradient_is_named(monkeypatch: pytest.MonkeyPatch
 def test_a_layout_of_more_ranks_than_there_are_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="1 processes are not a multiple"):
         build_engine(SHAPE, ADAMW, ParallelSection(**{key: 2}), TRAIN, 0, "fp32")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-1, 1e3])
+def test_a_step_that_waits_for_no_numbers_equals_one_that_does(clip: float) -> None:
+    """What GPUs do: clipping and the choice not to update are tensors, and nothing is asked of the device."""
+    # eps: AdamW makes as much of a gradient that is rounding noise as of any other
+    waiting, launched = (engine("fp32", OptimizerSection(clip_grad_norm=clip, eps=1e-3)) for _ in range(2))
+    launched._stays_on_device = True  # type: ignore[attr-defined]
+    for number in range(3):
+        wanted, step = waiting.train_step(batch(number), 1e-2), launched.launch_step(batch(number), 1e-2)
+        assert not step.ready and step.result().updated
+        assert step.result().loss == pytest.approx(wanted.loss, rel=1e-4)
+        assert step.result().grad_norm == pytest.approx(wanted.grad_norm, rel=1e-3)
+    torch.testing.assert_close(copy_of(launched.model_state()), copy_of(waiting.model_state()), atol=1e-6, rtol=1e-5)
+
+
+def test_a_launched_step_that_is_not_finite_changes_nothing() -> None:
+    ours = engine("fp32")
+    ours._stays_on_device = True  # type: ignore[attr-defined]
+    ours.train_step(batch(0), 1e-2)
+    weights, state = copy_of(ours.model_state()), copy_of(ours.optimizer_state())
+    with torch.no_grad():
+        next(iter(ours._weights.held)).local[0, 0] = math.nan  # type: ignore[attr-defined]
+    result = ours.train_step(batch(1), 1e-2)
+    assert not result.updated and "not finite" in result.reason
+    with torch.no_grad():
+        next(iter(ours._weights.held)).local[0, 0] = weights["embedding.weight"][0, 0]  # type: ignore[attr-defined]
+    for name, value in copy_of(ours.model_state()).items():
+        assert torch.equal(value, weights[name]), name
+    for name, value in copy_of(ours.optimizer_state()).items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_gradients_added_up_in_bf16_train_alike() -> None:
+    narrow = build_engine(SHAPE, ADAMW, ParallelSection(), TRAIN.model_copy(update={"gradients": "bf16"}), 5, "bf16")
+    wide = engine("bf16")
+    assert narrow.describe()["precision"] == "bf16, fp32 master weights, bf16 gradients"
+    for number in range(8):
+        ours, theirs = (side.train_step(batch(number), 1e-3) for side in (narrow, wide))
+        assert ours.loss == pytest.approx(theirs.loss, rel=2e-3)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
+
+
+def test_a_step_in_fp8_is_near_that_in_bf16() -> None:
+    kernels = Kernels(fp8=True)
+    narrow = build_engine(SHAPE, ADAMW, ParallelSection(), TRAIN, 5, "bf16", kernels=kernels)
+    wide = engine("bf16")
+    for number in range(3):
+        ours, theirs = (side.train_step(batch(number), 1e-3) for side in (narrow, wide))
+        assert ours.updated and ours.loss == pytest.approx(theirs.loss, rel=2e-2)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=0.15)
+        assert ours.loss != theirs.loss, "8 bits are not 16"
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.soak), "bf16"])
+def test_compiled_layers_train_alike(precision: str) -> None:
+    kernels = Kernels(norm="compile", rope="compile", activation="compile", attention="sdpa", compile_layers=True)
+    compiled = build_engine(SHAPE, ADAMW, ParallelSection(), TRAIN, 5, precision, kernels=kernels)
+    assert compiled.describe()["kernels"].endswith("layers compiled")
+    plain, tolerance = engine(precision), {"fp32": 1e-5, "bf16": 1e-2}[precision]
+    for number in range(3):
+        ours, theirs = (side.train_step(batch(number), 1e-3) for side in (compiled, plain))
+        assert ours.loss == pytest.approx(theirs.loss, rel=tolerance)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=10 * tolerance)
+
+
+def test_z_loss_and_smoothing_are_minimised_and_not_reported() -> None:
+    train = TRAIN.model_copy(update={"z_loss": 1e-2, "label_smoothing": 0.1})
+    ours, plain = build_engine(SHAPE, SGD, ParallelSection(), train, 5, "fp64"), engine("fp64", SGD)
+    first, other = ours.train_step(batch(0), 0.1), plain.train_step(batch(0), 0.1)
+    assert first.loss == other.loss, "what is reported is cross-entropy"
+    assert first.grad_norm != pytest.approx(other.grad_norm, rel=1e-3)
+
+    model = Decoder(SHAPE, Kernels(attention="sdpa")).double()
+    load_initial(model)
+    valid = sum(int((m.targets != IGNORED).sum()) for m in batch(0))
+    total = torch.zeros((), dtype=torch.float64)
+    for m in batch(0):
+        logits, counted = model.logits(m.tokens, m.document_ids), (m.targets != IGNORED).flatten()
+        flat = logits.flatten(0, 1)[counted]
+        total = total + torch.nn.functional.cross_entropy(
+            flat, m.targets.flatten()[counted], reduction="sum", label_smoothing=0.1
+        )
+        total = total + 1e-2 * flat.logsumexp(-1).square().sum()
+    (total / valid).backward()
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
+    assert first.grad_norm == pytest.approx(float(norm), rel=1e-9)
+
+
+def load_initial(model: Decoder) -> None:
+    """The weights that an engine of this seed begins with."""
+    model.load_state_dict(copy_of(engine("fp64", SGD).model_state()))

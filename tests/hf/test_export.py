@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron.config.errors import CheckpointError, ConfigError, ProofError
 from megatron.hf.checkpoint_source import CheckpointSource, open_source
 from megatron.hf.export import check_weights, export_checkpoint, prove_folder
-from megatron.hf.import_weights import load_hf_weights
+from megatron.hf.import_weights import HuggingFaceTensors
 
 SHAPES = {
     "llama": LLAMA,
@@ -53,7 +53,7 @@ def test_C3_every_architecture_proves_itself(name: str, tmp_path: Path) -> None:
     assert {item.length for item in proof.comparisons} >= {1, source.shape.max_position_embeddings}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("hidden_dropout") == (source.shape.hidden_dropout if "neox" in name else None)
-    read = load_hf_weights(tmp_path / "out", source.shape)
+    read = HuggingFaceTensors(tmp_path / "out", source.shape).all()
     assert read.keys() == source.weights.keys()
     for name, tensor in source.weights.items():
         rows = source.shape.vocab_size if name in ("embedding.weight", "head.weight") else len(tensor)

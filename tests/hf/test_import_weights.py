@@ -11,18 +11,13 @@ import pytest
 import torch
 import transformers
 from hf.made_checkpoint import LLAMA, NEOX
+from hf.made_folder import made_by_transformers, shape_of
 from safetensors.torch import load_file, save_file
 
 from megatron.config.errors import CheckpointError
-from megatron.config.model_shape import ModelShape, resolve_model
-from megatron.config.schema import ModelSection
-from megatron.hf.architecture import config_json
-from megatron.hf.import_weights import load_hf_weights
+from megatron.config.model_shape import ModelShape
+from megatron.hf.import_weights import HuggingFaceTensors
 from megatron.models.decoder import Decoder
-
-
-def shape_of(fields: dict[str, Any]) -> ModelShape:
-    return resolve_model(ModelSection(seq_length=32, **fields), 100)
 
 
 @pytest.fixture
@@ -35,19 +30,6 @@ def folder(shape: ModelShape, tmp_path: Path) -> Path:
     return made_by_transformers(shape, tmp_path / "model")
 
 
-def made_by_transformers(shape: ModelShape, folder: Path) -> Path:
-    """A random model that transformers made and saved, norms and biases random too."""
-    description = config_json(shape, bos_token_id=1, eos_token_id=1, dtype="float32")
-    config = transformers.AutoConfig.for_model(**description)
-    torch.manual_seed(5)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     "fields",
     [LLAMA, LLAMA | {"tie_word_embeddings": True, "attention_bias": True}, NEOX],
@@ -57,7 +39,7 @@ def test_C3_a_model_made_by_transformers_gives_the_same_logits_in_ours(fields: d
     shape = shape_of(fields)
     folder = made_by_transformers(shape, tmp_path / "model")
     ours = Decoder(shape)
-    ours.load_state_dict(load_hf_weights(folder, shape))
+    ours.load_state_dict(HuggingFaceTensors(folder, shape).all())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(shape.vocab_size, (2, 32))
     with torch.no_grad():
@@ -75,7 +57,7 @@ def test_C2_pickles_are_never_read(shape: ModelShape, folder: Path, tmp_path: Pa
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(CheckpointError, match="pickle"):
-        load_hf_weights(folder, shape)
+        HuggingFaceTensors(folder, shape)
     assert not canary.exists()
 
 
@@ -85,7 +67,7 @@ def test_B1_an_index_never_leads_out_of_the_folder(path: object, shape: ModelSha
     index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), path)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="in the folder itself"):
-        load_hf_weights(folder, shape)
+        HuggingFaceTensors(folder, shape)
 
 
 def test_B1_damaged_and_missing_files(shape: ModelShape, folder: Path) -> None:
@@ -93,16 +75,16 @@ def test_B1_damaged_and_missing_files(shape: ModelShape, folder: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=str(file)):
-        load_hf_weights(folder, shape)
+        HuggingFaceTensors(folder, shape)
     file.unlink()
     with pytest.raises(CheckpointError, match="not a Hugging Face model folder"):
-        load_hf_weights(folder, shape)
+        HuggingFaceTensors(folder, shape)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(CheckpointError, match=r"gone\.safetensors is missing"):
-        load_hf_weights(folder, shape)
+        HuggingFaceTensors(folder, shape)
     (folder / "model.safetensors.index.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="weight_map"):
-        load_hf_weights(folder, shape)
+        HuggingFaceTensors(folder, shape)
 
 
 def test_B1_tensors_that_disagree_are_named(shape: ModelShape, folder: Path) -> None:
@@ -111,10 +93,33 @@ def test_B1_tensors_that_disagree_are_named(shape: ModelShape, folder: Path) -> 
     name = "model.layers.0.self_attn.k_proj.weight"
     for bad, said in (
         ({**good, name: torch.zeros(2, 3)}, r"k_proj\.weight is \[2, 3\].*\[16, 32\]"),
-        ({**good, name: torch.full_like(good[name], torch.inf)}, "infinity"),
+        ({**good, name: good[name].int()}, r"k_proj\.weight is of I32"),
+        ({**good, name: good[name].to(torch.float8_e4m3fn)}, r"k_proj\.weight is of F8_E4M3"),
         ({key: value for key, value in good.items() if key != name}, "missing"),
         ({**good, "model.layers.0.self_attn.q_norm.weight": torch.zeros(8)}, r"q_norm"),
     ):
         save_file(bad, file)
         with pytest.raises(CheckpointError, match=said):
-            load_hf_weights(folder, shape)
+            HuggingFaceTensors(folder, shape)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_B1_a_value_that_is_no_number_is_found_by_whoever_reads_it(
+    value: float, dtype: torch.dtype, shape: ModelShape, folder: Path
+) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    tensors["model.layers.0.self_attn.k_proj.weight"][9, 3] = value
+    save_file(tensors, file)
+    source, name = HuggingFaceTensors(folder, shape), "layers.0.attention.key.weight"
+    assert source.dtype(name) == source.read(name, (0, 0), (9, 32)).dtype == dtype
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight holds NaN or infinity"):
+        source.read(name, (8, 0), (8, 32))
+
+
+def test_B1_an_index_that_names_a_tensor_which_its_file_lacks(shape: ModelShape, folder: Path) -> None:
+    index = {"weight_map": dict.fromkeys([*load_file(folder / "model.safetensors"), "gone"], "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="tensor gone cannot be read"):
+        HuggingFaceTensors(folder, shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.kernels.rope import rope, rope_table
+from megatron.kernels.rope import RopeTable, rope, rope_fused_, rope_qk, rope_table
 
 
 @pytest.mark.parametrize(("size", "rotary"), [(8, 8), (8, 2), (6, 4)])
@@ -25,3 +25,87 @@ def test_gradcheck_through_a_view() -> None:
     x = torch.randn(1, 4, 2, 3, 6, dtype=torch.float64, requires_grad=True)
     table = rope_table(torch.arange(4)[None], 4, 10.0, torch.float64)
     torch.autograd.gradcheck(lambda y: rope(y.transpose(1, 2), table), (x,))
+
+
+def made(batch: int, length: int, rotary: int, dtype: torch.dtype = torch.float64) -> RopeTable:
+    return rope_table(torch.randint(0, 100, (batch, length)), rotary, 10.0, dtype)
+
+
+def test_the_halves_of_a_table_are_one_rotation() -> None:
+    table, half = made(2, 5, 6), 3
+    assert torch.equal(table.cos[..., :half], table.cos[..., half:])
+    assert torch.equal(table.sin[..., :half], -table.sin[..., half:])
+
+
+def test_wide_angles_leave_the_dtype() -> None:
+    x, table = torch.randn(2, 1, 5, 2, 8).bfloat16().requires_grad_(), made(2, 5, 8, torch.float32)
+    out = rope(x, table)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), rope(x.float(), table), atol=1e-6, rtol=2**-8)
+    out.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+
+
+def test_query_and_key_are_turned_alike() -> None:
+    query, key = torch.randn(2, 3, 5, 4, 8), torch.randn(2, 3, 5, 1, 8)
+    table = made(1, 5, 6, torch.float32)
+    assert all(map(torch.equal, rope_qk(query, key, table), (rope(query, table), rope(key, table))))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("query", "key", "size", "rotary"), [(4, 2, 8, 8), (3, 1, 6, 2)])
+def test_in_place_turns_queries_and_keys_and_nothing_else(
+    query: int, key: int, size: int, rotary: int, keep: bool
+) -> None:
+    leaf = torch.randn(2, 5, (query + 2 * key) * size, dtype=torch.float64, requires_grad=True)
+    table, turned = made(2, 5, rotary), (query + key) * size
+    qkv = leaf * 1
+    out = rope_fused_(qkv, table, query, key, size, keep)
+    assert out is qkv
+    heads = rope(leaf[..., :turned].unflatten(-1, (1, -1, size)).transpose(1, 2), table)
+    expected = torch.cat((heads.reshape(2, 5, turned), leaf[..., turned:]), -1)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
+    upstream = torch.randn_like(leaf)
+    (want,) = torch.autograd.grad(expected, leaf, upstream)
+    (got,) = torch.autograd.grad(out, leaf, upstream.clone())
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    torch.autograd.gradcheck(lambda x: rope_fused_(x.clone(), table, query, key, size), (leaf,), fast_mode=True)
+
+
+def test_whose_gradient_is_written() -> None:
+    leaf, table = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True), made(1, 3, 4)
+    contiguous = torch.randn_like(leaf)
+    given = {
+        "kept": (True, contiguous.clone()),
+        "given up": (False, contiguous.clone()),
+        "strided": (False, contiguous.mT.contiguous().mT),
+        "expanded": (False, contiguous[:, :1].expand(2, 3, 16)),
+    }
+    for name, (keep, upstream) in given.items():
+        before = upstream.clone()
+        (got,) = torch.autograd.grad(rope_fused_(leaf * 1, table, 2, 1, 4, keep), leaf, upstream)
+        assert torch.equal(upstream, before) != (name == "given up"), name
+        # a rotation keeps lengths, and its transpose turns back
+        torch.testing.assert_close(rope_fused_(got, table, 2, 1, 4), before, atol=1e-12, rtol=1e-12)
+
+
+def test_one_gradient_for_both_sides_of_a_sum() -> None:
+    """What keep_gradient is for, and why it is the default: torch hands one tensor to the two sides of an addition."""
+    leaf, table = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True), made(1, 3, 4)
+    other = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(leaf)
+    (rope_fused_(leaf * 1, table, 2, 1, 4) + other * 2).backward(upstream)
+    torch.testing.assert_close(other.grad, 2 * upstream, atol=0, rtol=0)
+
+
+def test_what_is_refused() -> None:
+    leaf, table = torch.randn(2, 3, 16, requires_grad=True), made(2, 3, 4, torch.float32)
+    with pytest.raises(RuntimeError, match="leaf"):
+        rope_fused_(leaf, table, 2, 1, 4)
+    strided = torch.randn(2, 16, 3).mT
+    for wrong in (leaf[..., :12] * 1, (leaf * 1)[:, :, None], strided, torch.randn(3, 2, 16).transpose(0, 1)):
+        with pytest.raises(ValueError, match="fused projection"):
+            rope_fused_(wrong, table, 2, 1, 4)
+    for other in (made(3, 3, 4), made(2, 4, 4), made(2, 3, 8), RopeTable(table.cos, table.sin[:1])):
+        with pytest.raises(ValueError, match="angles"):
+            rope_fused_(leaf * 1, other, 2, 1, 4)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config.layout import Layout
 from megatron.kernels import cross_entropy as kernel
+from megatron.kernels import vocabulary_softmax
 from megatron.kernels.cross_entropy import IGNORED, cross_entropy_in_place, linear_cross_entropy, linear_losses
 from megatron.kernels.embedding import embedding
 from megatron.parallel.axis import ALONE, Axis
@@ -52,7 +53,7 @@ def solved(
 
 
 def solved_on_ranks(dtype: torch.dtype) -> list[dict[str, Any]]:
-    kernel.CHUNK_ROWS, kernel._SOFTMAX_ELEMENTS = 4, 3 * 16
+    kernel.CHUNK_ROWS, vocabulary_softmax._SOFTMAX_ELEMENTS = 4, 3 * 16
     mesh = open_mesh(Layout(tensor=RANKS), launched(), 60)
     found = [solved(*case, mesh.tensor, in_place, dtype) for case in PROBLEMS for in_place in (False, True)]
     close_mesh()
@@ -129,7 +130,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_on_ranks(rows: int, words: int, width: int, in_place: bool) -> tuple[int, int]:
-    kernel.CHUNK_ROWS, kernel._SOFTMAX_ELEMENTS = 64, 8 * words // 2
+    kernel.CHUNK_ROWS, vocabulary_softmax._SOFTMAX_ELEMENTS = 64, 8 * words // 2
     mesh = open_mesh(Layout(tensor=2), launched(), 60)
     axis = mesh.tensor
     hidden = torch.randn(rows, width).bfloat16().requires_grad_()

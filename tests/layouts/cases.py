@@ -52,11 +52,16 @@ def tolerance(key: Key) -> float:
 
 @dataclass(frozen=True)
 class LayoutCase:
-    """So many processes under `[parallel]`."""
+    """So many processes under `[parallel]`. kernels: fields of Kernels that are not the definitions'. only: the keys
+    that are run; default all that make sense.
+    """
 
     name: str
     ranks: int
     parallel: Mapping[str, Any]
+    kernels: Mapping[str, Any] = field(default_factory=dict)
+    only: tuple[Key, ...] = ()
+    depth: int = 0
 
     @property
     def section(self) -> ParallelSection:
@@ -64,12 +69,16 @@ class LayoutCase:
 
     @property
     def layers(self) -> int:
-        """An odd number, so that no stages are alike; as few as will do, since every one of them takes time."""
+        """`depth`, or an odd number, so that no stages are alike; as few as will do, since each takes time."""
+        if self.depth:
+            return self.depth
         return 5 if stage_count(self.section) > 2 else 3
 
     @property
     def keys(self) -> tuple[Key, ...]:
         """What is run. DeepSpeed has no float64, and its offload is for AdamW."""
+        if self.only:
+            return self.only
         wide = self.parallel.get("engine") != "deepspeed"
         names = [name for name in VARIANT if name == "adamw" or not self.parallel.get("offload")]
         # what clipping does is the same in both precisions
@@ -113,6 +122,17 @@ LAYOUTS = (
     _deepspeed("deepspeed pp2 x ZeRO-1 dp2", 4, pipeline=2, data_shard="optimizer"),
     _deepspeed("deepspeed ZeRO-2 dp2 offload", 2, data_shard="gradients", offload="optimizer"),
 )
+TRITON = {"norm": "triton", "rope": "triton", "activation": "triton", "cross_entropy": "triton"}
+COMPILED = {"norm": "compile", "rope": "compile", "activation": "compile", "compile_layers": True}
+KERNELS = (
+    # Triton's interpreter takes a second for what a GPU does in microseconds; float64 leaves rounding no excuse.
+    LayoutCase("tp2+sp, Triton kernels", 2, {"tensor": 2, "sequence": True}, TRITON, (("fp64", "sgd"),), depth=1),
+    LayoutCase(
+        "full shard 2, compiled layers", 2, {"data_shard": "full"}, COMPILED, (("fp64", "sgd"), ("fp32", "adamw"))
+    ),
+)
+"""Layouts with other kernels than the definitions."""
+
 BY_NAME = {case.name: case for case in LAYOUTS}
 
 ONE_PROCESS = LayoutCase("one process", 1, {})

@@ -18,7 +18,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger
 from megatron.data.loader import Batch, BatchLoader
 from megatron.engines.base import Engine
-from megatron.engines.build import build_engine
+from megatron.engines.build import build_engine, default_kernels
 from megatron.parallel.mesh import Mesh, close_mesh, launched, one_process_mesh, open_mesh
 from megatron.planner.resolve import ResolvedRun, resolve_run
 
@@ -105,7 +105,10 @@ def engine_of(rank: Rank, key: Key, layers: int = LAYERS) -> Engine:
     """A new engine of this layout."""
     precision, variant = key[0], VARIANT[key[1]]
     shape = shape_of(rank.config, variant, layers)
-    return build_engine(shape, variant.section, rank.case.section, rank.config.train, SEED, precision, rank.mesh)
+    kernels = dataclasses.replace(default_kernels(rank.mesh.device), **rank.case.kernels)
+    return build_engine(
+        shape, variant.section, rank.case.section, rank.config.train, SEED, precision, rank.mesh, None, kernels
+    )
 
 
 def _loader(resolved: ResolvedRun, mesh: Mesh) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from layouts.cases import CLIP, LAYOUTS, ONE_PROCESS, LayoutCase
+from layouts.cases import CLIP, KERNELS, LAYOUTS, ONE_PROCESS, LayoutCase
 from layouts.conftest import Judge, Reference
 from layouts.curves import HALF, STEPS, whole_curves
 from ranks import run_ranks
@@ -15,13 +15,18 @@ from megatron.config.tested_layouts import TESTED, combination_of
 
 
 def check(case: LayoutCase, corpora: Path, judge: Judge) -> None:
-    by_rank = run_ranks(case.ranks, whole_curves, case, corpora, case.keys, case.layers, timeout=240)
+    by_rank = run_ranks(case.ranks, whole_curves, case, corpora, case.keys, case.layers, timeout=280)
     assert all(curves == by_rank[0] for curves in by_rank), "ranks report different steps"
     judge(case.name, by_rank[0], case.layers)
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_T1_curve_is_that_of_one_process(case: LayoutCase, corpora: Path, judge: Judge) -> None:
+    check(case, corpora, judge)
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
+def test_T1_curve_is_that_of_one_process_with_other_kernels(case: LayoutCase, corpora: Path, judge: Judge) -> None:
     check(case, corpora, judge)
 
 

@@ -16,6 +16,7 @@ from megatron.config.errors import DataError
 from megatron.metrics.report import render_report
 from megatron.metrics.report_data import planned_shares, read_metrics, realised_shares
 from megatron.metrics.report_svg import Axis, nice_step
+from megatron.metrics.sinks import cut_after
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,51 @@ def test_a_run_that_is_going_on_or_was_resumed_reads_well(run: Path, tmp_path: P
     path.write_text("\n".join([*rows[:20], *rows[10:30], rows[30][:40]]))
     steps, validations = read_metrics(path)
     assert [row["step"] for row in steps] == list(range(1, 31)) and validations == []
+
+
+MANY = {"layout": "8 processes: tensor 2 x data 4", "data shard": "full", "engine": "torch", "device": "H200"}
+ALONE = {"engine": "deepspeed", "device": "CPU, 2 threads"}
+SAID = "8 processes: tensor 2 x data 4, data shard full, torch"
+
+
+def with_starts(run: Path, folder: Path, starts: dict[int, dict[str, str]], steps: int = 9) -> Path:
+    """A run of so many steps, with a record of a start at some of them."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    path = folder / "metrics.jsonl"
+    with path.open("a") as file:
+        for row in rows[:steps]:
+            if row["step"] > len(path.read_text().splitlines()):
+                start = {"start": starts[row["step"]]} if row["step"] in starts else {}
+                file.write(json.dumps(row | start) + "\n")
+                file.flush()
+    return folder
+
+
+def test_each_layout_is_shown_with_the_steps_that_it_trained(run: Path, tmp_path: Path) -> None:
+    with_starts(run, tmp_path, {1: MANY, 5: ALONE})
+    cut_after(tmp_path / "metrics.jsonl", 6)  # the last of them were not in a checkpoint yet
+    data = gather(with_starts(run, tmp_path, {7: MANY, 8: MANY}), [])
+    assert [row["step"] for row in data.steps] == list(range(1, 10))
+    assert data.facts["layout"] == f"steps 1–4: {SAID}; 5–6: one process, deepspeed; 7–9: {SAID}"
+    assert data.facts["device"] == "steps 1–4: H200; 5–6: CPU, 2 threads; 7–9: H200"
+    assert f"7–9: {SAID}</td>" in render_report(data) and "engine" not in data.facts
+    cut_after(tmp_path / "metrics.jsonl", 4)  # a start whose steps were set aside trained nothing that counts
+    data = gather(with_starts(run, tmp_path, {5: ALONE | {"pipeline": "1f1b"}, 9: MANY}), [])
+    assert data.facts["layout"] == f"steps 1–4: {SAID}; 5–8: one process, pipeline 1f1b, deepspeed; 9: {SAID}"
+
+
+def test_one_layout_needs_no_steps_and_what_was_not_recorded_is_said(run: Path, tmp_path: Path) -> None:
+    for number, (starts, said) in enumerate(
+        [
+            ({1: ALONE, 4: ALONE}, "one process, deepspeed"),
+            ({4: ALONE}, "steps 1–3: not recorded; 4–9: one process, deepspeed"),
+            ({}, None),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert gather(with_starts(run, folder, starts), []).facts.get("layout") == said
+    assert gather(run, []).facts["engine"] == "torch", "without a record, what the config says"
 
 
 def test_B1_damage_is_named_by_file_and_line(run: Path, tmp_path: Path) -> None:

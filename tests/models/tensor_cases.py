@@ -13,6 +13,7 @@ from megatron.config.layout import Layout
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import ModelSection
 from megatron.kernels import cross_entropy
+from megatron.kernels.choice import Kernels
 from megatron.kernels.cross_entropy import IGNORED
 from megatron.models.decoder import Decoder
 from megatron.models.initialise import initialise
@@ -89,7 +90,7 @@ def microbatch(rows: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def make_decoder(shape: ModelShape, backend: str, place: ModelPlace) -> Decoder:
     """A float64 decoder whose norms and biases differ from 1 and 0; each rank has its part of the same whole."""
-    model = Decoder(shape, backend, place).double()  # type: ignore[arg-type]
+    model = Decoder(shape, Kernels(attention=backend), place).double()  # type: ignore[arg-type]
     initialise(model, 7)
     cuts = parameter_cuts(model)
     with torch.no_grad():

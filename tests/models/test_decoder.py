@@ -13,6 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import ModelSection
+from megatron.kernels.choice import Kernels
 from megatron.kernels.cross_entropy import IGNORED
 from megatron.models.decoder import Decoder
 from megatron.models.initialise import initialise
@@ -40,7 +41,7 @@ def neox_shape(**fields: object) -> ModelShape:
 
 
 def decoder(shape: ModelShape, dtype: torch.dtype = torch.float32, backend: str = "blockwise") -> Decoder:
-    model = Decoder(shape, backend)  # type: ignore[arg-type]
+    model = Decoder(shape, Kernels(attention=backend))  # type: ignore[arg-type]
     initialise(model, 7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # norms and biases too must differ from 1 and 0

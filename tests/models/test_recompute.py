@@ -189,7 +189,7 @@ def live_bytes(how: str, policy: str, split: bool = False) -> tuple[int, int]:
     """(what a forward pass of four layers leaves alive, the most alive in a backward pass)."""
     shape = copy.copy(SHAPES["two key heads, tied"])
     place = ModelPlace(layers=range(4), first=False, last=False, split_backward=split)
-    model = Decoder(shape, "blockwise", place)
+    model = Decoder(shape, place=place)
     initialise(model, 1)
     apply_recompute(model, how, policy)
     x, documents = torch.randn(4, 256, shape.hidden_size), torch.zeros(4, 256, dtype=torch.int32)

@@ -25,7 +25,7 @@ from megatron.parallel.context_attention import (
 )
 from megatron.parallel.mesh import close_mesh, launched, open_mesh
 
-WAYS = [(method, backend) for method in ("all-to-all", "gather") for backend in ("sdpa", "blockwise")]
+WAYS = [(method, backend) for method in ("all-to-all", "gather") for backend in ("sdpa", "blockwise", "unfused")]
 CASES = {
     # batch, groups, T, heads a group, d; documents cross every cut, end on cuts, or are one
     "grouped heads": ((3, 4, 48, 3, 5), "crossing"),

@@ -175,3 +175,12 @@ def test_an_unknown_vocabulary_hides_bytes_and_refuses_nothing(
     file.write_text(text.replace('path = "bytes"', 'path = "nowhere.json"'))
     record = json.loads(shown(capsys, file, "--json"))["layout"]
     assert record["refusals"] == [] and "ranks" not in record and record["batches"][0]["microbatches"] == 4
+
+
+@pytest.mark.parametrize(("processes", "sizes"), [((), "8 or 10"), (("--processes", "2"), "8 or 12")])
+def test_a_batch_is_recommended_that_fits_as_many_processes_as_are_said(
+    tmp_path: Path, processes: tuple[str, ...], sizes: str
+) -> None:
+    words = [str(run_file(tmp_path)), "--set", "train.global_batch_size=9", "--set", "train.micro_batch_size=2"]
+    with pytest.raises(StagemixError, match=rf"set train\.global_batch_size to {sizes} \("):
+        plan_command.main([*words, *processes])

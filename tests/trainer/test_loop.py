@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from megatron.config.errors import NonFiniteError
-from megatron.engines.base import StepResult
+from megatron.engines.base import DoneStep, LaunchedStep, StepResult
 from megatron.metrics.meters import StepClock
 from megatron.trainer.hooks import Checkpoint, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.loop import Run, train
@@ -54,10 +54,38 @@ def batches(done: int = 0) -> Iterator[FakeBatch]:
                 yield FakeBatch(halves, stage, {"n": number * BATCH}, digest=f"{number:x}")
 
 
+class LateStep:
+    """A step of a device that works by itself: `events` shows when it is waited for."""
+
+    ready = False
+
+    def __init__(self, engine: FakeEngine, number: int, done: StepResult) -> None:
+        self._engine, self._number, self._done = engine, number, done
+
+    def result(self) -> StepResult:
+        self._engine.events.append(f"wait {self._number}")
+        return self._done
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "late"], autouse=True)
+def late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The loop shows hooks the same, whether the device waits for the host after each step or works ahead."""
+    monkeypatch.setattr(FakeEngine, "late", request.param)
+    return bool(request.param)
+
+
 @dataclass
 class FakeEngine:
     bad_steps: Sequence[int] = ()
     calls: list[tuple[int, float]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    late: ClassVar[bool] = False
+
+    def launch_step(self, microbatches: Sequence[FakeMicrobatch], lr: float) -> LaunchedStep:
+        result = self.train_step(microbatches, lr)
+        number = self.calls[-1][0]
+        self.events.append(f"launch {number}")
+        return LateStep(self, number, result) if self.late else DoneStep(result)
 
     def train_step(self, microbatches: Sequence[FakeMicrobatch], lr: float) -> StepResult:
         number = int(microbatches[0].tokens[0, 0])
@@ -105,7 +133,7 @@ class Bench:
     begun: list[str] = field(default_factory=list)
     seen: list[Step] = field(default_factory=list)
 
-    def run(self, *hooks: Any) -> FakeEngine:
+    def run(self, *hooks: Any, looks_at: Callable[[int], bool] = lambda step: False) -> FakeEngine:
         engine = FakeEngine(self.bad_steps)
         train(
             Run(
@@ -118,6 +146,7 @@ class Bench:
                 over_ranks=OneRank(),
                 hooks=[*hooks, self.seen.append],
                 clock=StepClock(),
+                looks_at=looks_at,
             )
         )
         return engine
@@ -131,6 +160,16 @@ def test_every_batch_once_in_order_at_its_learning_rate() -> None:
     state = bench.state
     assert (state.step, state.consumed_samples, state.consumed_tokens) == (9, 36, 288)
     assert (state.training_stage, state.data, state.skipped) == ("cooldown", {"n": 36}, 0)
+
+
+def test_a_late_step_is_looked_at_after_the_next_launch_but_where_weights_are_wanted(late: bool) -> None:
+    engine = Bench().run(looks_at=lambda step: step == 7)
+    if not late:
+        assert engine.events == [f"launch {n}" for n in range(1, 10)]
+        return
+    # stages end after 3, 5 and 9; a hook looks at the weights after 7
+    expected = "l1 l2 w1 l3 w2 w3 l4 l5 w4 w5 l6 l7 w6 w7 l8 l9 w8 w9"
+    assert [f"{event[0]}{event.split()[1]}" for event in engine.events] == expected.split()
 
 
 def test_a_stage_begins_once_however_the_run_is_cut() -> None:

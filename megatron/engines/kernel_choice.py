@@ -1,0 +1,211 @@
+"""Which kernels a run uses: said by the user, or measured once at step 0 and kept with the checkpoint.
+
+On a GPU whole layers are timed, forward and backward, with one operation changed at a time: what is fused with its
+neighbours cannot be timed alone. On CPUs the definitions run, as benchmarks/step_cpu.py measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from megatron.config.errors import UnavailableError
+from megatron.config.model_shape import ModelShape
+from megatron.config.schema import KernelsSection
+from megatron.engines.base import KernelChoice
+from megatron.kernels.attention import AttentionBackend
+from megatron.kernels.attention_choice import AttentionCall, attention_call, attention_candidates, attention_obstacle
+from megatron.kernels.choice import Backend, Kernels
+from megatron.kernels.matrix_product import Library, onednn_obstacle, quicker_library
+from megatron.models.compiled_layers import compile_layers
+from megatron.models.decoder import Decoder
+from megatron.parallel.mesh import launched, local_device
+from megatron.parallel.random import keyed_generator
+
+OPERATIONS = ("norm", "rope", "activation", "cross_entropy")
+_PROBE_LAYERS = 2
+_PROBE_ROUNDS = 7
+_PROBE_TOKENS = 4096
+_WORTH_IT = 0.98
+"""Another kernel is taken where a step lasts at most this share of the one before: noise decides nothing."""
+
+Asked = Mapping[str, Any]
+
+
+def obstacle_of(backend: str, device: torch.device) -> str | None:
+    """Why a backend ("eager", "compile", "triton") cannot run on a device; None where it can."""
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the triton package is not installed (pip install triton; PyTorch's CUDA builds bring it)"
+        from megatron.kernels import launch_triton
+
+        if device.type != "cuda" and not launch_triton.INTERPRETED:
+            return (
+                f"Triton kernels run on GPUs and the model is on {device.type} (TRITON_INTERPRET=1 tests them, slowly)"
+            )
+    return None
+
+
+def choose_kernels(
+    section: KernelsSection,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    rows: tuple[int, int],
+    may_compile: str | None = None,
+    gathered: bool = False,
+    device: torch.device | None = None,
+    measure: Callable[[Kernels], float] | None = None,
+) -> KernelChoice:
+    """The kernels of a run, with the reason in words and figures.
+
+    dtype: what the model computes in. rows: (micro-batch, sequence length) that are timed. may_compile: why layers
+    cannot be compiled in this layout; None where they can. gathered: whether context ranks gather keys. measure:
+    seconds of a step of a probe with given kernels; default the clock of the device. Raises UnavailableError for what
+    is asked for and cannot run.
+    """
+    device = device or local_device(launched().local_rank)
+    asked = section.model_dump()
+    call = attention_call(device, dtype, shape.head_dim, documents=shape.document_mask, gathered=gathered)
+    _refuse(asked, call, may_compile)
+    if device.type != "cuda" and measure is None:
+        product, figures = product_for(section, shape, dtype, rows)
+        kernels = _fixed(asked, Kernels(product=product))
+        kernels = dataclasses.replace(kernels, compile_layers=asked["compile"] == "layers")
+        words = "".join(f"; a linear map by {name} {value:.1f} ms" for name, value in figures.items())
+        return KernelChoice(dataclasses.asdict(kernels), _said(asked, "on CPUs the definitions run" + words), figures)
+    start = dataclasses.replace(
+        _fixed(asked, Kernels(attention=_first_attention(device))),
+        compile_layers=asked["compile"] == "layers" or (asked["compile"] == "auto" and may_compile is None),
+    )
+    measure = measure or _Probe(shape, dtype, rows, device).seconds
+    return _descend(start, list(_changes(asked, start, call)), measure, asked)
+
+
+def _refuse(asked: Asked, call: AttentionCall, may_compile: str | None) -> None:
+    device = call.device
+    for operation in OPERATIONS:
+        if asked[operation] != "auto" and (why := obstacle_of(asked[operation], device)):
+            raise UnavailableError(
+                f"kernels.{operation} = {asked[operation]} cannot run here: {why}; set kernels.{operation} to auto"
+            )
+    if asked["product"] == "onednn" and (why := onednn_obstacle()):
+        raise UnavailableError(f"kernels.product = onednn cannot run here: {why}; set kernels.product to torch")
+    if asked["compile"] == "layers" and may_compile is not None:
+        raise UnavailableError(f"kernels.compile = layers cannot run here: {may_compile}; set kernels.compile to auto")
+    attention = asked["attention"]
+    if attention != "auto" and (why := attention_obstacle(attention, call)):
+        raise UnavailableError(f"kernels.attention = {attention} cannot run here: {why}; set kernels.attention to auto")
+    if asked["fp8"] and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise UnavailableError(
+            "kernels.fp8 = true needs a GPU with 8-bit products (compute capability 8.9 or newer), and the model is on "
+            f"{device}: leave it out"
+        )
+
+
+def product_for(
+    section: KernelsSection, shape: ModelShape, dtype: torch.dtype, rows: tuple[int, int]
+) -> tuple[Library, dict[str, float]]:
+    """Whose matrix products run on CPUs, and the milliseconds of either where they were measured (once a process)."""
+    if section.product != "auto":
+        return section.product, {}
+    if dtype != torch.float32:
+        return "torch", {}
+    return quicker_library(min(rows[0] * rows[1], _PROBE_TOKENS), shape.hidden_size, shape.intermediate_size)
+
+
+def _fixed(asked: Asked, others: Kernels) -> Kernels:
+    """The kernels with everything that is asked for by name."""
+    named = {key: asked[key] for key in (*OPERATIONS, "attention") if asked[key] != "auto"}
+    return dataclasses.replace(others, fp8=asked["fp8"], **named)
+
+
+def _first_attention(device: torch.device) -> AttentionBackend:
+    return "blockwise" if device.type == "cpu" else "sdpa"
+
+
+def _changes(asked: Asked, start: Kernels, call: AttentionCall) -> Iterator[tuple[str, Any]]:
+    """What is tried besides the start, one field after the other."""
+    backends: list[Backend] = [name for name in get_args(Backend) if obstacle_of(name, call.device) is None]
+    for operation in OPERATIONS:
+        if asked[operation] == "auto":
+            for backend in backends:
+                if (operation, backend) != ("cross_entropy", "compile") and backend != getattr(start, operation):
+                    yield operation, backend
+    if asked["attention"] == "auto":
+        for attention in attention_candidates(call):
+            if attention != start.attention:
+                yield "attention", attention
+
+
+def _descend(
+    start: Kernels, changes: list[tuple[str, Any]], measure: Callable[[Kernels], float], asked: Asked
+) -> KernelChoice:
+    """Changes one field at a time and keeps what is quicker. What fails is passed over, and said."""
+    best, seconds = start, measure(start)
+    figures, failed = {"start": 1000 * seconds}, []
+    for field, value in changes:
+        tried = dataclasses.replace(best, **{field: value})
+        try:
+            took = measure(tried)
+        except Exception as error:
+            failed.append(f"{field} {value} failed ({type(error).__name__}: {str(error).splitlines()[0]:.80})")
+            continue
+        figures[f"{field} {value}"] = 1000 * took
+        if took <= _WORTH_IT * seconds:
+            best, seconds = tried, took
+    words = ", ".join(f"{name} {value:.2f} ms" for name, value in figures.items())
+    reason = _said(asked, f"measured a step of {_PROBE_LAYERS} layers and the head: {words}")
+    return KernelChoice(dataclasses.asdict(best), "; ".join([reason, *failed]), figures)
+
+
+def _said(asked: Asked, why: str) -> str:
+    named = [key for key in (*OPERATIONS, "attention", "compile") if asked[key] != "auto"]
+    return f"{', '.join(named)} as asked for; {why}" if named else why
+
+
+class _Probe:
+    """A decoder of few layers on the device: the seconds of its forward and backward pass with given kernels."""
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, rows: tuple[int, int], device: torch.device) -> None:
+        self._shape = dataclasses.replace(shape, num_hidden_layers=min(_PROBE_LAYERS, shape.num_hidden_layers))
+        self._dtype, self._device = dtype, device
+        generator = keyed_generator("kernel probe")
+        self._tokens = torch.randint(0, shape.vocab_size, rows, generator=generator).to(device)
+        self._documents = (torch.arange(rows[1]) >= rows[1] // 3).int().expand(rows).contiguous().to(device)
+        self._numbers = torch.arange(rows[0], device=device)
+
+    def seconds(self, kernels: Kernels) -> float:
+        """Median, after the calls that compile."""
+        with torch.device(self._device):
+            model = Decoder(self._shape, kernels).to(self._dtype)
+        drawn = torch.Generator(self._device).manual_seed(0)  # the run's own random state stays as it is
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.0, self._shape.initializer_range, generator=drawn)
+        if kernels.compile_layers:
+            compile_layers(model)
+        times = []
+        for number in range(3 + _PROBE_ROUNDS):
+            model.zero_grad(set_to_none=True)
+            self._synchronise()
+            begin = time.perf_counter()
+            self._step(model)
+            self._synchronise()
+            if number >= 3:
+                times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    def _step(self, model: Decoder) -> None:
+        total: Tensor = model(self._tokens, self._documents, self._tokens, 1 / self._tokens.numel(), self._numbers)[0]
+        total.sum().backward()
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

@@ -1,0 +1,1 @@
+"""What launchers say of a process, and are told of its end; free of torch."""

@@ -1,0 +1,79 @@
+"""What only a GPU can show of the engine: no wait in a step, and the same losses as on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron.config.model_shape import resolve_model
+from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
+from megatron.engines.base import Engine
+from megatron.engines.build import build_engine
+from megatron.kernels.choice import Kernels
+from megatron.parallel.mesh import one_process_mesh
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees none"),
+]
+SHAPE = resolve_model(ModelSection(preset="llama-tiny", head_dim=64, seq_length=128), 500)
+TRAIN = TrainSection(global_batch_size=4, micro_batch_size=2)
+TRITON = {"norm": "triton", "rope": "triton", "activation": "triton", "cross_entropy": "triton"}
+COMPILED = {"norm": "compile", "rope": "compile", "activation": "compile", "compile_layers": True}
+
+
+class Rows:
+    """A microbatch with several documents a row."""
+
+    def __init__(self, seed: int) -> None:
+        drawn = torch.Generator().manual_seed(seed)
+        words = torch.randint(0, 500, (2, 129), generator=drawn)
+        self.tokens, self.targets = words[:, :-1].contiguous(), words[:, 1:].contiguous()
+        self.document_ids = (torch.rand(2, 128, generator=drawn) < 0.03).cumsum(1).int()
+        self.source_ids, self.sample_numbers = torch.tensor([0, 1]), torch.arange(2)
+
+
+def engine(device: str, precision: str, implementation: str = "torch", **kernels: object) -> Engine:
+    chosen = Kernels(**({"attention": "blockwise" if device == "cpu" else "sdpa"} | kernels))  # type: ignore[arg-type]
+    section = OptimizerSection.model_validate({"implementation": implementation})
+    mesh = one_process_mesh(torch.device(device))
+    return build_engine(SHAPE, section, ParallelSection(), TRAIN, 3, precision, mesh, kernels=chosen)
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """torch raises where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kernels", [{}, TRITON, COMPILED, {"attention": "varlen"}, {"attention": "flex"}], ids=str)
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_the_losses_of_a_cpu(kernels: dict[str, object], implementation: str) -> None:
+    ours, theirs = engine("cuda", "bf16", implementation, **kernels), engine("cpu", "fp32")
+    for step in range(4):
+        batch = [Rows(2 * step), Rows(2 * step + 1)]
+        got, want = (one.train_step(batch, 1e-3) for one in (ours, theirs))
+        assert got.loss == pytest.approx(want.loss, rel=1e-2)
+        assert got.grad_norm == pytest.approx(want.grad_norm, rel=5e-2)
+        assert got.valid_targets == want.valid_targets and got.updated
+
+
+@pytest.mark.parametrize("kernels", [{}, TRITON, COMPILED], ids=str)
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_step_is_launched_without_a_wait(
+    kernels: dict[str, object], implementation: str, request: pytest.FixtureRequest
+) -> None:
+    ours = engine("cuda", "bf16", implementation, **kernels)
+    for seed in range(3):  # compiles, and makes what is made once
+        ours.train_step([Rows(seed), Rows(seed + 9)], 1e-3)
+    batch = [Rows(5), Rows(6)]
+    torch.cuda.synchronize()
+    request.getfixturevalue("no_waiting")
+    step = ours.launch_step(batch, 1e-3)
+    assert not step.ready
+    torch.cuda.set_sync_debug_mode("default")
+    assert step.result().updated

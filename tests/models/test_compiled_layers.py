@@ -1,0 +1,76 @@
+"""Layers compiled in place: how many programs a run compiles, and that names stay."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo
+
+from megatron.config.model_shape import resolve_model
+from megatron.config.schema import ModelSection
+from megatron.kernels.choice import Kernels
+from megatron.models import compiled_layers
+from megatron.models.compiled_layers import compile_layers
+from megatron.models.decoder import Decoder
+from megatron.models.initialise import initialise
+from megatron.models.joined import join
+from megatron.models.recompute import apply_recompute
+
+SHAPE = resolve_model(ModelSection(preset="llama-tiny", num_hidden_layers=12, seq_length=32), 64)
+KERNELS = Kernels(attention="sdpa", norm="compile", rope="compile", activation="compile", compile_layers=True)
+
+
+@pytest.fixture(autouse=True)
+def captured_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are captured and differentiated as ever, and run by torch's own operations, in no time."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(compiled_layers, "compiler", partial(torch.compile, backend="aot_eager"))
+
+
+def steps(model: Decoder, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    totals = []
+    for length in lengths:
+        drawn = torch.Generator().manual_seed(length)
+        tokens = torch.randint(0, 64, (2, length), generator=drawn)
+        ids = (torch.rand(2, length, generator=drawn) < 0.1).cumsum(1).int()
+        total = model(tokens, ids, tokens, 1 / tokens.numel())[0]
+        total.sum().backward()
+        totals.append(total.detach())
+    return totals
+
+
+def made(kernels: Kernels, joined: bool = False, recompute: str = "none") -> Decoder:
+    model = Decoder(SHAPE, kernels)
+    initialise(model, 0)
+    if joined:
+        join(model)
+    if kernels.compile_layers:
+        compile_layers(model)
+    apply_recompute(model, recompute)
+    return model
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_one_program_serves_all_layers_and_one_more_all_lengths(joined: bool, recompute: str) -> None:
+    lengths = (16, 24, 32, 20, 28)
+    plain, compiled = made(Kernels(attention="sdpa")), made(KERNELS, joined, recompute)
+    assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    wanted = steps(plain, lengths)
+    for got, want in zip(steps(compiled, lengths), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    counters = torch._dynamo.utils.counters
+    frames, breaks = counters["frames"], counters["graph_break"]
+    assert frames["ok"] == frames["total"] <= 6, f"layer, last norm and the rotary table, at most twice each: {frames}"
+    assert not breaks, f"nothing of a layer runs outside its program: {dict(breaks)}"
+
+
+def test_attention_that_the_host_cuts_runs_between_two_programs() -> None:
+    kernels = Kernels(attention="blockwise", norm="compile", rope="compile", activation="compile", compile_layers=True)
+    compiled = made(kernels)
+    steps(compiled, (16, 24, 32))
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert breaks and all("torch.compiler.disable" in reason for reason in breaks), dict(breaks)
