@@ -376,7 +376,8 @@ def _show_layout(layout: dict[str, Any] | None, console: Console) -> None:
         )
     for row in layout["batches"]:
         shape = f"batch {row['global_batch_size']} x {row['seq_length']}"
-        bubble = f", bubble {row['bubble']:.1%} of the step" if layout["axes"]["pipeline"] > 1 else ""
+        words = f", bubble {row['bubble']:.1%} of the step, {_bytes(row['receive_bytes'])} to receive into"
+        bubble = words if layout["axes"]["pipeline"] > 1 else ""
         console.print(f"  {shape}: {row['microbatches']} microbatches a step on each data rank{bubble}")
     console.print()
 

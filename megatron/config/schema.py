@@ -300,6 +300,9 @@ class KernelsSection(Section):
     compile: Literal["auto", "none", "layers"] = Field(
         "auto", description="layers: each layer is compiled in place; auto: on GPUs, where the layout allows it"
     )
+    cuda_graphs: bool = Field(
+        False, description="microbatches recorded once and replayed, for small models: one process of torch in bf16"
+    )
     fp8: bool = Field(False, description="products of layers in fp8 (tensorwise scales); GPUs since Ada and Hopper")
 
 

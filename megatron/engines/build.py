@@ -105,7 +105,10 @@ def _torch_engine(
             _prepare(module, recompute)  # FSDP2 wraps what is there
         weights = ShardedWeights(parts.modules, mesh, parallel.data_shard, dtype)
     pipeline = build_pipeline(parts, weights.modules, parallel, mesh, dtype)
-    return TorchEngine(weights, optimizer, mesh, whole_parameters(shape), description, pipeline)
+    engine = TorchEngine(weights, optimizer, mesh, whole_parameters(shape), description, pipeline)
+    if parts.modules[0].kernels.cuda_graphs:
+        engine.use_graphs()
+    return engine
 
 
 def _refuse_what_this_torch_cannot(section: ParallelSection) -> None:

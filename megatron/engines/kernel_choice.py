@@ -20,6 +20,7 @@ from megatron.config.errors import UnavailableError
 from megatron.config.model_shape import ModelShape
 from megatron.config.schema import KernelsSection
 from megatron.engines.base import KernelChoice
+from megatron.engines.graphed import WITHOUT_CHOICES
 from megatron.kernels.attention import AttentionBackend
 from megatron.kernels.attention_choice import AttentionCall, attention_call, attention_candidates, attention_obstacle
 from megatron.kernels.choice import Backend, Kernels
@@ -102,6 +103,10 @@ def _refuse(asked: Asked, call: AttentionCall, may_compile: str | None) -> None:
     attention = asked["attention"]
     if attention != "auto" and (why := attention_obstacle(attention, call)):
         raise UnavailableError(f"kernels.attention = {attention} cannot run here: {why}; set kernels.attention to auto")
+    if asked["cuda_graphs"] and device.type != "cuda":
+        raise UnavailableError(
+            f"kernels.cuda_graphs = true needs a GPU, and the model is on {device.type}: leave it out"
+        )
     if asked["fp8"] and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise UnavailableError(
             "kernels.fp8 = true needs a GPU with 8-bit products (compute capability 8.9 or newer), and the model is on "
@@ -123,7 +128,7 @@ def product_for(
 def _fixed(asked: Asked, others: Kernels) -> Kernels:
     """The kernels with everything that is asked for by name."""
     named = {key: asked[key] for key in (*OPERATIONS, "attention") if asked[key] != "auto"}
-    return dataclasses.replace(others, fp8=asked["fp8"], **named)
+    return dataclasses.replace(others, fp8=asked["fp8"], cuda_graphs=asked["cuda_graphs"], **named)
 
 
 def _first_attention(device: torch.device) -> AttentionBackend:
@@ -140,7 +145,7 @@ def _changes(asked: Asked, start: Kernels, call: AttentionCall) -> Iterator[tupl
                     yield operation, backend
     if asked["attention"] == "auto":
         for attention in attention_candidates(call):
-            if attention != start.attention:
+            if attention != start.attention and (not asked["cuda_graphs"] or attention in WITHOUT_CHOICES):
                 yield "attention", attention
 
 

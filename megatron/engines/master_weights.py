@@ -62,6 +62,19 @@ class MasterWeights:
             if narrow.grad is not None:
                 _add(narrow, wide)
 
+    def computing(self) -> Sequence[nn.Parameter]:
+        """The narrow copies, in order."""
+        return self._narrow
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor], scale: float) -> None:
+        """Adds scale x gradients, by narrow copy, to the masters'."""
+        for wide, gradient in zip(self._wide, gradients, strict=True):
+            if wide.grad is None:
+                wide.grad = gradient.to(wide.dtype).mul_(scale)
+            else:
+                wide.grad.add_(gradient, alpha=scale)
+
     def collect_at_once(self) -> None:
         """From now on each gradient is added as soon as it is there: a pipeline runs many microbatches in one call."""
         for wide, narrow in zip(self._wide, self._narrow, strict=True):

@@ -13,7 +13,9 @@ from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
 from megatron.config.errors import CheckpointError
 from megatron.config.schema import OptimizerSection
 from megatron.engines.base import LaunchedStep, MicrobatchLike, StepResult
+from megatron.engines.graphed import Capture, GraphedMicrobatches, cuda_capture
 from megatron.engines.held import Held, check_names, fill, finish_gradients, of_all_tensors, squared_norm
+from megatron.engines.master_weights import MasterWeights
 from megatron.engines.mesh_engine import MeshEngine, not_finite
 from megatron.engines.row_losses import RowLosses, valid_targets
 from megatron.optim.build import (
@@ -102,6 +104,7 @@ class TorchEngine(MeshEngine):
         self._writes_copies = isinstance(self._optimizer, TritonAdamW) and bool(copies := weights.copies())
         if self._writes_copies:
             self._optimizer.write_copies({self._updated[key]: copy for key, copy in copies.items()})
+        self._graphs: GraphedMicrobatches | None = None
         self._squares = squares_of(optimizer) or of_all_tensors
         self._checked = False
         if stays_on_device is None:
@@ -139,12 +142,26 @@ class TorchEngine(MeshEngine):
             return losses
         parts = []
         for number, rows in enumerate(placed):
+            if self._graphs is not None:
+                parts.append(self._by_graph(rows, scale))
+                continue
             self._weights.before_backward(last=number == len(placed) - 1)
             total, losses = self._run(rows, scale)
             total.sum().backward()
             self._weights.collect()
             parts.append(losses)
         return torch.cat(parts)
+
+    def _by_graph(self, rows: Rows, scale: float) -> Tensor:
+        assert self._graphs is not None and isinstance(self._weights, MasterWeights)
+        losses, gradients = self._graphs(rows)
+        self._weights.add(gradients, scale)
+        return losses
+
+    def use_graphs(self, capture: Capture = cuda_capture) -> None:
+        """From now on microbatches run by CUDA graphs; only over masters with narrow copies, on one process."""
+        assert isinstance(self._weights, MasterWeights) and self._pipeline is None
+        self._graphs = GraphedMicrobatches(self._run, self._weights.computing(), capture)
 
     def _computing(self) -> Sequence[nn.Module]:
         return self._weights.modules

@@ -24,7 +24,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 @dataclass(frozen=True)
 class Kernels:
     """The choice for every operation. compile_layers: each layer is compiled as a whole, in which case what is
-    "compile" is fused with its neighbours. fp8: products of layers run in 8 bits, forward and backward.
+    "compile" is fused with its neighbours. cuda_graphs: microbatches are recorded once and replayed. fp8: products of
+    layers run in 8 bits, forward and backward.
     """
 
     attention: AttentionBackend = "blockwise"
@@ -34,6 +35,7 @@ class Kernels:
     cross_entropy: Literal["eager", "triton"] = "eager"
     product: Library = "torch"
     compile_layers: bool = False
+    cuda_graphs: bool = False
     fp8: bool = False
 
     def words(self) -> str:
@@ -41,7 +43,8 @@ class Kernels:
         names = {"norm": self.norm, "rope": self.rope, "activation": self.activation}
         parts = [f"{op} {name}" for op, name in names.items()] + [f"cross-entropy {self.cross_entropy}"]
         parts += ["products by oneDNN"] * (self.product == "onednn")
-        parts += ["layers compiled"] * self.compile_layers + ["fp8 products"] * self.fp8
+        parts += ["layers compiled"] * self.compile_layers + ["CUDA graphs"] * self.cuda_graphs
+        parts += ["fp8 products"] * self.fp8
         return ", ".join(parts)
 
 

@@ -81,6 +81,19 @@ def step_bytes(
     return StepBytes(narrow * at_once, wide * (around + sum(layers)) if late and shared else 0)
 
 
+def receive_bytes(section: ParallelSection, layout: Layout, width: int, precision: str, rows: int, length: int) -> int:
+    """What one pipeline rank keeps to receive into, at most, for `rows` rows of `length` positions a step: torch's
+    pipeline has a buffer of each microbatch's hidden states and one of their gradients for every stage, for the whole
+    run. width: of the hidden states. A stage at an end receives one of the two only.
+    """
+    if layout.pipeline == 1:
+        return 0
+    each = {"fp64": 8, "fp32": 4}.get(precision, 2)
+    cut = layout.context * (layout.tensor if section.sequence else 1)
+    stages = stage_count(section) // layout.pipeline
+    return 2 * stages * rows * (length // cut) * width * each
+
+
 def stage_tensors(shape: ModelShape, tensor: int, layers: range, first: bool, last: bool) -> Iterator[HeldTensor]:
     """Every parameter of one pipeline stage on one tensor rank."""
     hidden, words = shape.hidden_size, shape.padded_vocab_size // tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron.config.partition import partition_layers, stage_costs, stage_count
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 from megatron.data.schedule import Schedule
 from megatron.planner.bubble import bubble_fraction
-from megatron.planner.layout_bytes import rank_bytes, step_bytes
+from megatron.planner.layout_bytes import rank_bytes, receive_bytes, step_bytes
 
 
 def default_processes(section: ParallelSection) -> int:
@@ -66,7 +67,7 @@ def plan_layout(
     if plan["refusals"]:
         return plan
     plan["notes"] = notes_of_layout(section, layout, shape)
-    plan["batches"] = [_batch_row(section, layout, train.micro_batch_size, batch) for batch in batches]
+    plan["batches"] = [_batch_row(section, layout, shape, train, batch) for batch in batches]
     if known_vocabulary:
         plan["stages"] = _stage_rows(section, shape)
         plan["ranks"] = [_rank_row(shape, section, layout, optimizer, train, rank) for rank in range(layout.pipeline)]
@@ -117,6 +118,8 @@ def _rank_row(
     row: dict[str, Any] = {"pipeline_rank": rank, "stages": list(stage_numbers(section, rank))}
     if section.engine == "torch":
         held = rank_bytes(shape, section, layout, optimizer, train.precision, rank)
+        if train.gradients == "bf16":
+            held = replace(held, gradients=held.gradients // 2)
         besides = step_bytes(shape, section, layout, train.precision, rank)
         row["bytes"] = {
             **vars(held),
@@ -127,12 +130,16 @@ def _rank_row(
     return row
 
 
-def _batch_row(section: ParallelSection, layout: Layout, micro: int, batch: BatchShape) -> dict[str, Any]:
-    count = batch.global_batch_size // (micro * layout.data)
+def _batch_row(
+    section: ParallelSection, layout: Layout, shape: ModelShape, train: TrainSection, batch: BatchShape
+) -> dict[str, Any]:
+    rows = batch.global_batch_size // layout.data
+    count = rows // train.micro_batch_size
     bubble = bubble_fraction(section.schedule, section.pipeline, section.virtual, count)
     return {
         "seq_length": batch.seq_length,
         "global_batch_size": batch.global_batch_size,
         "microbatches": count,
         "bubble": float(bubble),
+        "receive_bytes": receive_bytes(section, layout, shape.hidden_size, train.precision, rows, batch.seq_length),
     }

@@ -13,6 +13,7 @@ from megatron.config.errors import ConfigError, UnavailableError
 from megatron.config.model_shape import ModelShape
 from megatron.config.schema import KernelsSection, RunConfig
 from megatron.engines.base import KernelChoice, PrecisionChoice
+from megatron.engines.graphed import WITHOUT_CHOICES
 from megatron.engines.kernel_choice import choose_kernels, obstacle_of, product_for
 from megatron.engines.precision import COMPUTE_DTYPES, bf16_support, choose_precision
 from megatron.kernels.attention_choice import AttentionCall, attention_call, attention_obstacle
@@ -62,6 +63,7 @@ def _kernels(
     no_compiling = obstacle_to_compiling(split, parallel.recompute, parallel.recompute_policy, shape.hidden_dropout)
     if parallel.engine != "torch":
         no_compiling = f"parallel.engine = {parallel.engine} was never compared with compiled layers"
+    _check_graphs(config, dtype, job.who.world_size)
     heads = max(1, shape.num_key_value_heads // parallel.tensor)
     gathered = parallel.context > 1 and (parallel.context_method == "gather" or heads % parallel.context > 0)
     call = attention_call(device, dtype, shape.head_dim, documents=shape.document_mask, gathered=gathered)
@@ -82,6 +84,25 @@ def _kernels(
     if kept and _is_asked_for(section, kept.kernels):
         return KernelChoice(choice.kernels, f"{choice.reason}; the checkpoint's cannot run here: {obstacle}")
     return choice
+
+
+def _check_graphs(config: RunConfig, dtype: torch.dtype, processes: int) -> None:
+    """CUDA graphs are for what runs alike every time on one process, and adds narrow gradients to wide ones."""
+    section = config.kernels
+    if not section.cuda_graphs:
+        return
+    asked = {
+        f"{processes} processes": processes > 1,
+        f"parallel.engine = {config.parallel.engine}": config.parallel.engine != "torch",
+        "a precision other than bf16": dtype != torch.bfloat16,
+        f"train.gradients = {config.train.gradients}": config.train.gradients != "fp32",
+        f"kernels.attention = {section.attention}": section.attention not in ("auto", *WITHOUT_CHOICES),
+    }
+    if against := [words for words, found in asked.items() if found]:
+        raise ConfigError(
+            f"kernels.cuda_graphs = true does not go with {' and '.join(against)}: it is for one process of the torch "
+            f"engine in bf16 with fp32 gradients and attention by {' or '.join(WITHOUT_CHOICES)}; leave it out"
+        )
 
 
 def _obstacle(kept: KernelChoice, call: AttentionCall, no_compiling: str | None) -> str | None:

@@ -60,6 +60,27 @@ def test_layers_microbatches_bubble_and_bytes() -> None:
         assert held["total"] == held["parameters"] + held["gradients"] + held["optimizer"]
 
 
+def test_gradients_that_are_added_up_narrow_take_half() -> None:
+    section, batch = ParallelSection(), [BatchShape(64, 4)]
+    found = {}
+    for gradients in ("fp32", "bf16"):
+        train = TrainSection(global_batch_size=4, precision="bf16", gradients=gradients)  # type: ignore[arg-type]
+        (row,) = plan_layout(section, SHAPE, train, OptimizerSection(), batch, 1)["ranks"]
+        found[gradients] = row["bytes"]
+    count = SHAPE.parameter_count()
+    assert (found["fp32"]["gradients"], found["bf16"]["gradients"]) == (4 * count, 2 * count)
+    assert found["fp32"]["total"] - found["bf16"]["total"] == 2 * count
+
+
+def test_buffers_that_a_pipeline_receives_into() -> None:
+    found = layout_of({"pipeline": 2, "tensor": 2, "sequence": True}, 8)
+    # 16 rows on each of 2 data ranks, half of 64 positions, width 64, bf16; hidden states and gradients
+    assert found["batches"][0]["receive_bytes"] == 2 * 16 * 32 * 64 * 2
+    interleaved = layout_of({"pipeline": 2, "schedule": "interleaved"}, 2)
+    assert interleaved["batches"][0]["receive_bytes"] == 2 * 2 * 32 * 64 * 64 * 2
+    assert layout_of({"tensor": 2}, 2)["batches"][0]["receive_bytes"] == 0
+
+
 def test_stages_of_interleaved_and_zbv_lie_on_their_ranks() -> None:
     found = layout_of({"pipeline": 2, "schedule": "interleaved"}, 2)
     assert [row["rank"] for row in found["stages"]] == [0, 1, 0, 1] and found[
