@@ -24,9 +24,11 @@ from megatron.engines.graphed import WITHOUT_CHOICES
 from megatron.kernels.attention import AttentionBackend
 from megatron.kernels.attention_choice import AttentionCall, attention_call, attention_candidates, attention_obstacle
 from megatron.kernels.choice import Backend, Kernels
+from megatron.kernels.document_lengths import document_bounds
 from megatron.kernels.matrix_product import Library, onednn_obstacle, quicker_library
 from megatron.models.compiled_layers import compile_layers
 from megatron.models.decoder import Decoder
+from megatron.models.joined import join
 from megatron.parallel.mesh import launched, local_device
 from megatron.parallel.random import keyed_generator
 
@@ -147,20 +149,30 @@ def _changes(asked: Asked, start: Kernels, call: AttentionCall) -> Iterator[tupl
         for attention in attention_candidates(call):
             if attention != start.attention and (not asked["cuda_graphs"] or attention in WITHOUT_CHOICES):
                 yield "attention", attention
+    if asked["compile"] == "auto" and start.compile_layers:
+        yield "compile_layers", False
 
 
 def _descend(
     start: Kernels, changes: list[tuple[str, Any]], measure: Callable[[Kernels], float], asked: Asked
 ) -> KernelChoice:
     """Changes one field at a time and keeps what is quicker. What fails is passed over, and said."""
-    best, seconds = start, measure(start)
-    figures, failed = {"start": 1000 * seconds}, []
+    failed: list[str] = []
+    try:
+        best, seconds = start, measure(start)
+    except Exception as error:
+        if not start.compile_layers or asked["compile"] != "auto":
+            raise
+        failed.append(_failure("compiled layers", error))
+        best = dataclasses.replace(start, compile_layers=False)
+        seconds = measure(best)
+    figures = {"start": 1000 * seconds}
     for field, value in changes:
         tried = dataclasses.replace(best, **{field: value})
         try:
             took = measure(tried)
         except Exception as error:
-            failed.append(f"{field} {value} failed ({type(error).__name__}: {str(error).splitlines()[0]:.80})")
+            failed.append(_failure(f"{field} {value}", error))
             continue
         figures[f"{field} {value}"] = 1000 * took
         if took <= _WORTH_IT * seconds:
@@ -168,6 +180,11 @@ def _descend(
     words = ", ".join(f"{name} {value:.2f} ms" for name, value in figures.items())
     reason = _said(asked, f"measured a step of {_PROBE_LAYERS} layers and the head: {words}")
     return KernelChoice(dataclasses.asdict(best), "; ".join([reason, *failed]), figures)
+
+
+def _failure(what: str, error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return f"{what} failed ({type(error).__name__}{': ' * bool(said)}{said[0] if said else '':.80})"
 
 
 def _said(asked: Asked, why: str) -> str:
@@ -183,19 +200,31 @@ class _Probe:
         self._dtype, self._device = dtype, device
         generator = keyed_generator("kernel probe")
         self._tokens = torch.randint(0, shape.vocab_size, rows, generator=generator).to(device)
-        self._documents = (torch.arange(rows[1]) >= rows[1] // 3).int().expand(rows).contiguous().to(device)
+        documents = (torch.arange(rows[1]) >= rows[1] // 3).int().expand(rows).contiguous()
+        self._bounds, self._documents = document_bounds(documents), documents.to(device)
         self._numbers = torch.arange(rows[0], device=device)
 
     def seconds(self, kernels: Kernels) -> float:
-        """Median, after the calls that compile."""
+        """Median, after the calls that compile. The model is put together as one process's is."""
         with torch.device(self._device):
             model = Decoder(self._shape, kernels).to(self._dtype)
         drawn = torch.Generator(self._device).manual_seed(0)  # the run's own random state stays as it is
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(0.0, self._shape.initializer_range, generator=drawn)
+        model.bounds = self._bounds
+        if not kernels.fp8 and launched().world_size == 1:
+            join(model)
         if kernels.compile_layers:
             compile_layers(model)
+        try:
+            return self._median(model)
+        finally:
+            if self._device.type == "cuda":
+                # Programs count by the code that they are of: those of probes would leave the run's own no room.
+                torch.compiler.reset()
+
+    def _median(self, model: Decoder) -> float:
         times = []
         for number in range(3 + _PROBE_ROUNDS):
             model.zero_grad(set_to_none=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -53,23 +52,35 @@ class Weights(Protocol):
         """Forgets all gradients."""
 
 
-@dataclass
 class TorchStep:
-    """A step's numbers where they were computed; `result` brings them to the host, once."""
+    """A step's numbers where they were computed; `result` brings them to the host, once.
 
-    table: RowLosses
-    grad_norm: Tensor
-    valid: int
-    ready: bool
-    _result: StepResult | None = None
+    From a GPU they are copied at once, behind what computes them: `result` then waits for that copy, and not for all
+    that has been launched since, the next step among it.
+    """
+
+    def __init__(self, table: RowLosses, grad_norm: Tensor, valid: int, ready: bool) -> None:
+        """grad_norm: float64 of no dimension, on the table's device. ready: whether the host may wait for them here."""
+        self.table, self.grad_norm, self.ready = table, grad_norm, ready
+        self._valid = valid
+        self._result: StepResult | None = None
+        self._numbers = torch.cat((table.table.flatten(), grad_norm.double().reshape(1)))
+        self._copied: torch.cuda.Event | None = None
+        if self._numbers.is_cuda:
+            on_host = torch.empty(self._numbers.shape, dtype=torch.float64, pin_memory=True)
+            self._numbers = on_host.copy_(self._numbers, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(table.table.device))
 
     def result(self) -> StepResult:
         """Losses by source, norm, and whether the update was made."""
         if self._result is None:
-            by_source = self.table.by_source()
-            loss, grad_norm = sum(total for total, _ in by_source.values()) / self.valid, float(self.grad_norm)
+            if self._copied is not None:
+                self._copied.synchronize()
+            by_source = RowLosses(self._numbers[:-1].view(3, -1)).by_source()
+            loss, grad_norm = sum(total for total, _ in by_source.values()) / self._valid, float(self._numbers[-1])
             reason = not_finite(loss, grad_norm)
-            self._result = StepResult(loss, by_source, grad_norm, self.valid, not reason, reason)
+            self._result = StepResult(loss, by_source, grad_norm, self._valid, not reason, reason)
         return self._result
 
 

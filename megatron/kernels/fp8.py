@@ -103,10 +103,11 @@ def fp8_obstacle(device: torch.device) -> str | None:
     """Why 8-bit products cannot run on a device, or None where they can."""
     if device.type != "cuda":
         return None if device.type in ("cpu", "meta") else f"torch has no 8-bit products on {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) >= (8, 9):
+    # Of the properties, which torch's compiler takes for constants: asked for anything else it would leave its program.
+    found = torch.cuda.get_device_properties(device)
+    if (found.major, found.minor) >= (8, 9):
         return None
-    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) has no 8-bit products: Ada, Hopper and later have"
+    return f"{found.name} (sm_{found.major}{found.minor}) has no 8-bit products: Ada, Hopper and later have"
 
 
 def linear_with(cast: Cast, x: Tensor, weight: Tensor, held: Fp8Weight | None) -> Tensor:

@@ -99,7 +99,9 @@ class Attention(JoinedProjections):
             return *self.rope.qk(query, key, table), value
         widths = [linear.weight.shape[0] for linear in self.together()]
         whole = self.project_joined(x)
-        if self.rope.fused is None or whole._is_view():  # what oneDNN gives is a view, which may not be changed
+        # A compiled program changes nothing in place and cannot ask what is a view; what oneDNN gives is one, which may
+        # not be changed.
+        if self.rope.fused is None or torch.compiler.is_compiling() or whole._is_view():
             query, key, value = (self._split(y) for y in whole.split(widths, -1))
             return *self.rope.qk(query, key, table), value
         heads = widths[0] // self.head_dim

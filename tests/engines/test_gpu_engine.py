@@ -77,3 +77,16 @@ def test_a_step_is_launched_without_a_wait(
     assert not step.ready
     torch.cuda.set_sync_debug_mode("default")
     assert step.result().updated
+
+
+def test_a_step_is_looked_at_while_later_work_runs() -> None:
+    """Its numbers are copied behind what computes them, and nobody waits for what was launched since."""
+    ours = engine("cuda", "bf16")
+    for seed in range(2):
+        ours.train_step([Rows(seed)], 1e-3)
+    torch.cuda.synchronize()
+    step = ours.launch_step([Rows(5)], 1e-3)
+    torch.cuda._sleep(1 << 31)  # about a second
+    assert step.result().updated
+    assert not torch.cuda.current_stream().query(), "the host waited for what came after the step"
+    torch.cuda.synchronize()

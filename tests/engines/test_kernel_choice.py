@@ -73,6 +73,19 @@ def test_a_kernel_that_fails_is_passed_over_and_named(monkeypatch: pytest.Monkey
     assert "norm triton failed (RuntimeError: out of registers)" in choice.reason
 
 
+def test_layers_that_cannot_be_compiled_run_as_they_are_unless_compiling_was_asked_for() -> None:
+    def clock(kernels: Kernels) -> float:
+        if kernels.compile_layers:
+            raise RuntimeError("no compiler found\nsecond line")
+        return 1.0
+
+    choice = choose(clock)
+    assert not Kernels(**choice.kernels).compile_layers
+    assert "compiled layers failed (RuntimeError: no compiler found)" in choice.reason
+    with pytest.raises(RuntimeError, match="no compiler found"):
+        choose(clock, compile="layers")
+
+
 def test_the_real_clock_times_a_step() -> None:
     probe = kernel_choice._Probe(SHAPE, torch.float32, (2, 16), CPU)
     assert probe.seconds(Kernels()) > 0 and probe.seconds(Kernels(attention="sdpa")) > 0

@@ -17,6 +17,8 @@ from megatron.config.model_shape import resolve_model
 from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
 from megatron.engines.base import Engine, StepResult
 from megatron.engines.build import build_engine
+from megatron.engines.row_losses import RowLosses
+from megatron.engines.torch_engine import TorchStep
 from megatron.kernels.choice import Kernels
 from megatron.kernels.cross_entropy import IGNORED
 from megatron.models.decoder import Decoder
@@ -247,6 +249,16 @@ def test_a_step_that_waits_for_no_numbers_equals_one_that_does(clip: float) -> N
         assert step.result().loss == pytest.approx(wanted.loss, rel=1e-4)
         assert step.result().grad_norm == pytest.approx(wanted.grad_norm, rel=1e-3)
     torch.testing.assert_close(copy_of(launched.model_state()), copy_of(waiting.model_state()), atol=1e-6, rtol=1e-5)
+
+
+def test_a_steps_numbers_are_those_of_when_it_was_launched() -> None:
+    table = torch.tensor([[2.0, 4.0, 3.0], [1.0, 1.0, 2.0], [7.0, 3.0, 7.0]], dtype=torch.float64)
+    norm = torch.tensor(5.0, dtype=torch.float64)
+    step = TorchStep(RowLosses(table), norm, 4, ready=False)
+    table.fill_(math.nan)
+    norm.fill_(math.nan)
+    assert step.result() is step.result()
+    assert step.result() == StepResult(9 / 4, {3: (4.0, 1), 7: (5.0, 3)}, 5.0, 4, True)
 
 
 def test_a_launched_step_that_is_not_finite_changes_nothing() -> None:

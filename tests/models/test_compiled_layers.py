@@ -68,6 +68,15 @@ def test_one_program_serves_all_layers_and_one_more_all_lengths(joined: bool, re
     assert not breaks, f"nothing of a layer runs outside its program: {dict(breaks)}"
 
 
+def test_positions_turned_in_place_are_no_reason_to_leave_a_program() -> None:
+    """Where layers are compiled nothing asks whether the joined projection is a view."""
+    kernels = Kernels(attention="sdpa", compile_layers=True)
+    (got,), (want,) = steps(made(kernels, joined=True), (16,)), steps(made(Kernels(attention="sdpa")), (16,))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert not breaks, dict(breaks)
+
+
 def test_attention_that_the_host_cuts_runs_between_two_programs() -> None:
     kernels = Kernels(attention="blockwise", norm="compile", rope="compile", activation="compile", compile_layers=True)
     compiled = made(kernels)
