@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -29,7 +30,8 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: fl
         for process in processes:
             process.join(0.2)
             if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may end by itself at this very moment
+                    os.kill(process.pid, signal.SIGKILL)
             process.join(10)
 
 
