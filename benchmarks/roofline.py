@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.model_shape import ModelShape, resolve_model
+from megatron.config.presets import PRESETS as ALL_PRESETS
 from megatron.config.schema import ModelSection
 
 PEAK, PRODUCTS, BANDWIDTH = 989e12, 794e12, 4.3e12
@@ -101,7 +102,7 @@ def table(shape: ModelShape, tokens: int, length: int) -> list[str]:
 def main() -> int:
     """Prints a table for each preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", default=list(PRESETS))
+    parser.add_argument("--preset", nargs="+", default=list(PRESETS), choices=sorted(ALL_PRESETS))
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=16384, help="of a microbatch")
     arguments = parser.parse_args()

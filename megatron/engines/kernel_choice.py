@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from megatron.config.errors import UnavailableError
+from megatron.config.errors import ConfigError, UnavailableError
 from megatron.config.model_shape import ModelShape
 from megatron.config.schema import KernelsSection
 from megatron.engines.base import KernelChoice
@@ -81,8 +81,11 @@ def choose_kernels(
         product, figures = product_for(section, shape, dtype, rows)
         kernels = _fixed(asked, Kernels(product=product))
         kernels = dataclasses.replace(kernels, compile_layers=asked["compile"] == "layers")
-        words = "".join(f"; a linear map by {name} {value:.1f} ms" for name, value in figures.items())
-        return KernelChoice(dataclasses.asdict(kernels), _said(asked, "on CPUs the definitions run" + words), figures)
+        measured = ", ".join(f"by {name} {value:.3g} ms" for name, value in figures.items())
+        words = "on CPUs the definitions run but where another is asked for"
+        if figures:
+            words += f"; matrix products by {product}: a linear map took {measured}"
+        return KernelChoice(dataclasses.asdict(kernels), _said(asked, words), figures)
     start = dataclasses.replace(
         _fixed(asked, Kernels(attention=_first_attention(device))),
         compile_layers=asked["compile"] == "layers" or (asked["compile"] == "auto" and may_compile is None),
@@ -101,19 +104,36 @@ def _refuse(asked: Asked, call: AttentionCall, may_compile: str | None) -> None:
     if asked["product"] == "onednn" and (why := onednn_obstacle()):
         raise UnavailableError(f"kernels.product = onednn cannot run here: {why}; set kernels.product to torch")
     if asked["compile"] == "layers" and may_compile is not None:
-        raise UnavailableError(f"kernels.compile = layers cannot run here: {may_compile}; set kernels.compile to auto")
+        raise ConfigError(f"kernels.compile = layers is not possible: {may_compile}; set kernels.compile to auto")
+    if asked["compile"] == "layers" and (why := interpreted_obstacle(asked)):
+        raise UnavailableError(f"kernels.compile = layers cannot run here: {why}; set kernels.compile to none")
     attention = asked["attention"]
     if attention != "auto" and (why := attention_obstacle(attention, call)):
         raise UnavailableError(f"kernels.attention = {attention} cannot run here: {why}; set kernels.attention to auto")
-    if asked["cuda_graphs"] and device.type != "cuda":
-        raise UnavailableError(
-            f"kernels.cuda_graphs = true needs a GPU, and the model is on {device.type}: leave it out"
-        )
-    if asked["fp8"] and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise UnavailableError(
-            "kernels.fp8 = true needs a GPU with 8-bit products (compute capability 8.9 or newer), and the model is on "
-            f"{device}: leave it out"
-        )
+    for key in ("cuda_graphs", "fp8"):
+        if asked[key] and (why := gpu_obstacle(key, device)):
+            raise UnavailableError(f"kernels.{key} = true {why}: leave it out")
+
+
+def gpu_obstacle(key: str, device: torch.device) -> str | None:
+    """Why "cuda_graphs" or "fp8" cannot run on a device; None where it can."""
+    if key == "cuda_graphs":
+        return None if device.type == "cuda" else f"needs a GPU, and the model is on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return None
+    return f"needs a GPU with 8-bit products (compute capability 8.9 or newer), and the model is on {device}"
+
+
+def interpreted_obstacle(names: Mapping[str, Any]) -> str | None:
+    """Why layers with these kernels cannot be compiled on this process; None where they can."""
+    inside = [operation for operation in ("norm", "rope", "activation") if names[operation] == "triton"]
+    if not inside:
+        return None
+    from megatron.kernels import launch_triton
+
+    if launch_triton.INTERPRETED:
+        return f"Triton is interpreted (TRITON_INTERPRET=1), which a compiled layer cannot do with {', '.join(inside)}"
+    return None
 
 
 def product_for(
@@ -188,7 +208,8 @@ def _failure(what: str, error: Exception) -> str:
 
 
 def _said(asked: Asked, why: str) -> str:
-    named = [key for key in (*OPERATIONS, "attention", "compile") if asked[key] != "auto"]
+    named = [key for key in (*OPERATIONS, "attention", "product", "compile") if asked[key] != "auto"]
+    named += [key for key in ("cuda_graphs", "fp8") if asked[key]]
     return f"{', '.join(named)} as asked for; {why}" if named else why
 
 

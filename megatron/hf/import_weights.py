@@ -19,6 +19,7 @@ from megatron.checkpoint.stored_tensors import StoredTensors
 from megatron.config.errors import CheckpointError
 from megatron.config.model_shape import ModelShape
 from megatron.hf.architecture import architecture_for
+from megatron.hf.folder_config import check_config
 from megatron.hf.layout import rows_of
 from megatron.hf.name_table import Entry, entries, our_size, their_size
 
@@ -36,7 +37,8 @@ class HuggingFaceTensors:
     """
 
     def __init__(self, folder: Path, shape: ModelShape) -> None:
-        """Checks every name, size and dtype, for which the files' headers are enough.
+        """Checks every name, size and dtype, for which the files' headers are enough, and what config.json says of
+        them.
 
         Raises CheckpointError for a missing or truncated file, a path that leaves the folder, pickle files only, a
         tensor that is missing, unknown, of another size or of no floating point; ConfigError for a shape that no
@@ -56,6 +58,7 @@ class HuggingFaceTensors:
         if unknown:
             names = ", ".join(sorted(unknown)[:8])
             raise CheckpointError(f"{self._folder}: tensors that this model shape does not know: {names}")
+        check_config(self._folder, shape)
 
     def _check(self, name: str, found: Mapping[str, Any] | None, wanted: tuple[int, ...]) -> None:
         if found is None:

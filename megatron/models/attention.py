@@ -99,8 +99,8 @@ class Attention(JoinedProjections):
             return *self.rope.qk(query, key, table), value
         widths = [linear.weight.shape[0] for linear in self.together()]
         whole = self.project_joined(x)
-        # A compiled program changes nothing in place and cannot ask what is a view; what oneDNN gives is one, which may
-        # not be changed.
+        # Not in a compiled program: where one begins with the joint projection, torch 2.13 loses the turning of its
+        # gradient without a word. Nor where a library gives a view, which may not be changed.
         if self.rope.fused is None or torch.compiler.is_compiling() or whole._is_view():
             query, key, value = (self._split(y) for y in whole.split(widths, -1))
             return *self.rope.qk(query, key, table), value

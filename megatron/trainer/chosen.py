@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,18 @@ from megatron.config.model_shape import ModelShape
 from megatron.config.schema import KernelsSection, RunConfig
 from megatron.engines.base import KernelChoice, PrecisionChoice
 from megatron.engines.graphed import WITHOUT_CHOICES
-from megatron.engines.kernel_choice import choose_kernels, obstacle_of, product_for
+from megatron.engines.kernel_choice import (
+    OPERATIONS,
+    choose_kernels,
+    gpu_obstacle,
+    interpreted_obstacle,
+    obstacle_of,
+    product_for,
+)
 from megatron.engines.precision import COMPUTE_DTYPES, bf16_support, choose_precision
 from megatron.kernels.attention_choice import AttentionCall, attention_call, attention_obstacle
 from megatron.kernels.choice import Kernels
+from megatron.kernels.matrix_product import onednn_obstacle
 from megatron.models.compiled_layers import obstacle_to_compiling
 from megatron.parallel.mesh import local_device
 from megatron.parallel.pipeline import SPLIT_BACKWARD
@@ -73,16 +81,25 @@ def _kernels(
             "of what a process holds of it, so that the layout would change the loss curve; leave it out"
         )
     kept = KernelChoice(**found.state["kernels"]) if found and "kernels" in found.state else None
-    if kept and _is_asked_for(section, kept.kernels) and not (obstacle := _obstacle(kept, call, no_compiling)):
-        return kept
 
     def choose_here() -> dict[str, Any]:
+        obstacle = None
+        wanted = kept if kept and _is_asked_for(section, kept.kernels) else None
+        if wanted and not (obstacle := _obstacle(wanted, call, no_compiling)):
+            return asdict(wanted)
         rows = config.train.micro_batch_size, config.model.seq_length
-        return asdict(choose_kernels(section, shape, dtype, rows, no_compiling, gathered, device))
+        choice = choose_kernels(section, shape, dtype, rows, no_compiling, gathered, device)
+        if obstacle:
+            choice = replace(choice, reason=f"{choice.reason}; the checkpoint's cannot run here: {obstacle}")
+        return asdict(choice)
 
+    # Rank 0 decides, whatever the others could run, so that nobody waits for a decision that is not made.
     choice = KernelChoice(**job.share("kernels", choose_here))
-    if kept and _is_asked_for(section, kept.kernels):
-        return KernelChoice(choice.kernels, f"{choice.reason}; the checkpoint's cannot run here: {obstacle}")
+    if obstacle := _obstacle(choice, call, no_compiling):
+        raise UnavailableError(
+            f"the kernels that rank 0 chose cannot run on every process: kernels.{obstacle}; give every process the "
+            "same machine, packages and environment, or set that key to what all can run"
+        )
     return choice
 
 
@@ -105,15 +122,23 @@ def _check_graphs(config: RunConfig, dtype: torch.dtype, processes: int) -> None
         )
 
 
-def _obstacle(kept: KernelChoice, call: AttentionCall, no_compiling: str | None) -> str | None:
-    """Why a checkpoint's kernels cannot run here, on another machine or layout than theirs."""
-    names = kept.kernels
-    for operation in ("norm", "rope", "activation", "cross_entropy"):
+def _obstacle(choice: KernelChoice, call: AttentionCall, no_compiling: str | None) -> str | None:
+    """Why kernels cannot run on this process, "<key> = <value>: <reason>"; None where they can."""
+    names = choice.kernels
+    for operation in OPERATIONS:
         if why := obstacle_of(names[operation], call.device):
-            return f"{operation} {names[operation]}: {why}"
+            return f"{operation} = {names[operation]}: {why}"
     if why := attention_obstacle(names["attention"], call):
-        return f"attention {names['attention']}: {why}"
-    return no_compiling if names["compile_layers"] else None
+        return f"attention = {names['attention']}: {why}"
+    if names.get("product") == "onednn" and (why := onednn_obstacle()):
+        return f"product = onednn: {why}"
+    for key in ("fp8", "cuda_graphs"):
+        if names.get(key) and (why := gpu_obstacle(key, call.device)):
+            return f"{key} = true: {why}"
+    if names["compile_layers"]:
+        why = no_compiling or interpreted_obstacle(names)
+        return f"compile = layers: {why}" if why else None
+    return None
 
 
 def _is_asked_for(section: KernelsSection, names: Mapping[str, object]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.config.errors import UnavailableError
+from megatron.config.errors import ConfigError, UnavailableError
 from megatron.config.model_shape import resolve_model
 from megatron.config.schema import KernelsSection, ModelSection
 from megatron.engines import kernel_choice
@@ -39,7 +39,7 @@ def test_what_is_asked_for_is_taken_without_a_clock() -> None:
     kernels = Kernels(**choice.kernels)
     assert (kernels.norm, kernels.rope, kernels.activation) == ("compile", "compile", "eager")
     assert kernels.compile_layers and kernels.attention == "sdpa" and kernels.product == "torch"
-    assert "norm, rope, attention, compile as asked for" in choice.reason
+    assert "norm, rope, attention, product, compile as asked for" in choice.reason
 
 
 def test_the_quickest_of_each_operation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +121,22 @@ def test_layers_are_not_compiled_where_a_layout_forbids_it() -> None:
     why = obstacle_to_compiling(True, "none", "attention")
     assert why is not None and "zero-bubble" in why
     section = KernelsSection(compile="layers")
-    with pytest.raises(UnavailableError, match="kernels.compile = layers cannot run here: schedules that split"):
+    with pytest.raises(ConfigError, match="kernels.compile = layers is not possible: schedules that split"):
         choose_kernels(section, SHAPE, torch.float32, (2, 16), why, device=CPU)
     assert obstacle_to_compiling(False, "selective", "operations") is not None
     assert obstacle_to_compiling(False, "none", "attention", dropout=0.1) is not None
     assert obstacle_to_compiling(False, "full", "attention") is None
+
+
+def test_interpreted_kernels_are_not_compiled_into_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.kernels import launch_triton
+
+    monkeypatch.setattr(launch_triton, "INTERPRETED", True)
+    with pytest.raises(UnavailableError, match="Triton is interpreted .* with norm; set kernels.compile to none"):
+        choose(norm="triton", compile="layers")
+
+
+def test_the_winner_of_the_products_is_named() -> None:
+    choice = choose()
+    assert f"matrix products by {choice.kernels['product']}: a linear map took by torch" in choice.reason
+    assert "fp8" not in choice.reason and "product as asked for" in choose(product="torch").reason

@@ -55,7 +55,7 @@ def test_what_is_asked_for_now_wins_over_what_was_kept() -> None:
 def test_T3_what_cannot_run_here_is_chosen_anew_and_said() -> None:
     choice = kernels(config_of(), Kernels(attention="varlen"))
     assert choice.kernels["attention"] == "blockwise"
-    assert "the checkpoint's cannot run here: attention varlen" in choice.reason
+    assert "the checkpoint's cannot run here: attention = varlen" in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -94,3 +94,21 @@ def test_graphs_without_a_gpu_and_fp8_on_several_processes_are_refused() -> None
         kernels(config_of(kernels={"cuda_graphs": True}))
     with pytest.raises(ConfigError, match="kernels.fp8 = true is for one process, and there are 2"):
         kernels(config_of(kernels={"fp8": True}), processes=2)
+
+
+@pytest.mark.parametrize("kept", [Kernels(fp8=True), Kernels(cuda_graphs=True)], ids=["fp8", "cuda_graphs"])
+def test_what_a_checkpoint_kept_is_refused_as_a_new_run_would_be(kept: Kernels) -> None:
+    asked = {"fp8": kept.fp8, "cuda_graphs": kept.cuda_graphs}
+    with pytest.raises(UnavailableError, match="needs a GPU"):
+        kernels(config_of(kernels=asked), kept)
+
+
+def test_a_rank_that_cannot_run_what_rank_0_chose_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for the decision like all others, and waits for nobody."""
+    job: Any = OneProcess()
+    job.who = SimpleNamespace(world_size=2, local_rank=0)
+    job.share = lambda name, make: asdict(KernelChoice(asdict(Kernels(attention="varlen")), "by another rank"))
+    with pytest.raises(
+        UnavailableError, match="cannot run on every process: kernels.attention = varlen: it is a kernel"
+    ):
+        chosen._kernels(config_of(), SHAPE, torch.bfloat16, None, job)
