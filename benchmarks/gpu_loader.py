@@ -17,6 +17,7 @@ from gpu_corpus import write_random
 from gpu_job import Context
 
 from megatron.config.schema import KernelsSection, RunConfig
+from megatron.engines.kernel_choice import interpreted_obstacle
 from megatron.trainer.build import build
 from megatron.trainer.hooks import Checkpoint
 from megatron.trainer.loop import train
@@ -75,6 +76,8 @@ def _tables(setting: Setting, steps: int, output: str, prefixes: list[str]) -> d
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     names += ("intermediate_size", "rope_theta", "tie_word_embeddings")
     asked = {key: value for key, value in setting.kernels.items() if key in KernelsSection.model_fields}
+    # In a dry run Triton is interpreted, which a compiled layer cannot do.
+    compiled = setting.kernels["compile_layers"] and not interpreted_obstacle(setting.kernels)
     rows = setting.fit.micro_batch
     return {
         "run": {"name": "gpu-benchmark", "output": output, "seed": 1},
@@ -93,7 +96,7 @@ def _tables(setting: Setting, steps: int, output: str, prefixes: list[str]) -> d
         },
         "optimizer": {"implementation": setting.case.optimizer},
         "parallel": setting.parallel,
-        "kernels": {**asked, "compile": "layers" if setting.kernels["compile_layers"] else "none"},
+        "kernels": {**asked, "compile": "layers" if compiled else "none"},
         "stages": [{"name": "only", "steps": steps, "mixture": {"code": "0.5", "text": "0.5"}, "lr": {"peak": 1e-4}}],
         "checkpoint": {"every": 10**9},
     }
