@@ -17,6 +17,7 @@ from megatron.engines.held import Held, check_names, fill, finish_gradients, of_
 from megatron.engines.master_weights import MasterWeights
 from megatron.engines.mesh_engine import MeshEngine, not_finite
 from megatron.engines.row_losses import RowLosses, valid_targets
+from megatron.kernels.gradient_norm import clip_scale
 from megatron.optim.build import (
     build_optimizer,
     check_state_names,
@@ -233,10 +234,9 @@ class TorchEngine(MeshEngine):
     def _update_on_device(self, gradients: Mapping[str, Tensor], lr: float, step: TorchStep) -> None:
         """Clips and updates without asking what the loss and the norm are: gradients are scaled as they are read, and
         everything stays as it was where `found_inf` is not 0."""
-        bound, norm = self._section.clip_grad_norm, step.grad_norm.float()
-        scale = (bound / norm).clamp(max=1.0) if bound > 0 else torch.ones_like(norm)
-        found_inf = (~(step.table.table[0].sum().isfinite() & norm.isfinite())).float()
-        self._update(gradients, lr, scale, found_inf)
+        scale, unusable = clip_scale(step.grad_norm.square(), self._section.clip_grad_norm)
+        lost = step.table.table[0].sum().isfinite().logical_not()
+        self._update(gradients, lr, scale.float(), torch.maximum(unusable, lost.float()))
 
     def _clip(self, gradients: Mapping[str, Tensor], norm: float) -> None:
         bound = self._section.clip_grad_norm
