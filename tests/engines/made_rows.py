@@ -46,6 +46,15 @@ class Micro:
     sample_numbers: Tensor
 
 
+def two_rows(seed: int, words: int, length: int, cuts: float) -> Micro:
+    """Two rows of several documents, a source each; cuts: the share of positions at which a document begins."""
+    drawn = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, words, (2, length + 1), generator=drawn)
+    ids = (torch.rand(2, length, generator=drawn) < cuts).cumsum(1).int()
+    numbers = torch.arange(2) + 2 * seed
+    return Micro(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ids, torch.tensor([0, 1]), numbers)
+
+
 def microbatches(
     step: int, rank: int = 0, size: int = 1, length: int = 16, rows: int = BATCH, each: int = 2
 ) -> list[Micro]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from engines.made_rows import two_rows
 
 from megatron.config.model_shape import resolve_model
 from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
@@ -22,17 +23,6 @@ SHAPE = resolve_model(ModelSection(preset="llama-tiny", head_dim=64, seq_length=
 TRAIN = TrainSection(global_batch_size=4, micro_batch_size=2)
 TRITON = {"norm": "triton", "rope": "triton", "activation": "triton", "cross_entropy": "triton"}
 COMPILED = {"norm": "compile", "rope": "compile", "activation": "compile", "compile_layers": True}
-
-
-class Rows:
-    """A microbatch with several documents a row."""
-
-    def __init__(self, seed: int) -> None:
-        drawn = torch.Generator().manual_seed(seed)
-        words = torch.randint(0, 500, (2, 129), generator=drawn)
-        self.tokens, self.targets = words[:, :-1].contiguous(), words[:, 1:].contiguous()
-        self.document_ids = (torch.rand(2, 128, generator=drawn) < 0.03).cumsum(1).int()
-        self.source_ids, self.sample_numbers = torch.tensor([0, 1]), torch.arange(2)
 
 
 def engine(device: str, precision: str, implementation: str = "torch", **kernels: object) -> Engine:
@@ -55,7 +45,7 @@ def no_waiting() -> Iterator[None]:
 def test_the_losses_of_a_cpu(kernels: dict[str, object], implementation: str) -> None:
     ours, theirs = engine("cuda", "bf16", implementation, **kernels), engine("cpu", "fp32")
     for step in range(4):
-        batch = [Rows(2 * step), Rows(2 * step + 1)]
+        batch = [two_rows(2 * step, 500, 128, 0.03), two_rows(2 * step + 1, 500, 128, 0.03)]
         got, want = (one.train_step(batch, 1e-3) for one in (ours, theirs))
         assert got.loss == pytest.approx(want.loss, rel=1e-2)
         assert got.grad_norm == pytest.approx(want.grad_norm, rel=5e-2)
@@ -69,8 +59,8 @@ def test_a_step_is_launched_without_a_wait(
 ) -> None:
     ours = engine("cuda", "bf16", implementation, **kernels)
     for seed in range(3):  # compiles, and makes what is made once
-        ours.train_step([Rows(seed), Rows(seed + 9)], 1e-3)
-    batch = [Rows(5), Rows(6)]
+        ours.train_step([two_rows(seed, 500, 128, 0.03), two_rows(seed + 9, 500, 128, 0.03)], 1e-3)
+    batch = [two_rows(5, 500, 128, 0.03), two_rows(6, 500, 128, 0.03)]
     torch.cuda.synchronize()
     request.getfixturevalue("no_waiting")
     step = ours.launch_step(batch, 1e-3)
@@ -83,9 +73,9 @@ def test_a_step_is_looked_at_while_later_work_runs() -> None:
     """Its numbers are copied behind what computes them, and nobody waits for what was launched since."""
     ours = engine("cuda", "bf16")
     for seed in range(2):
-        ours.train_step([Rows(seed)], 1e-3)
+        ours.train_step([two_rows(seed, 500, 128, 0.03)], 1e-3)
     torch.cuda.synchronize()
-    step = ours.launch_step([Rows(5)], 1e-3)
+    step = ours.launch_step([two_rows(5, 500, 128, 0.03)], 1e-3)
     torch.cuda._sleep(1 << 31)  # about a second
     assert step.result().updated
     assert not torch.cuda.current_stream().query(), "the host waited for what came after the step"

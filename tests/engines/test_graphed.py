@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from engines.made_rows import Micro, two_rows
 from torch import Tensor
 
 from megatron.config.model_shape import resolve_model
@@ -19,15 +20,6 @@ from megatron.parallel.mesh import one_process_mesh
 SHAPE = resolve_model(ModelSection(preset="llama-tiny", head_dim=64, hidden_dropout=0.1, seq_length=32), 100)
 
 
-class Rows:
-    def __init__(self, seed: int, length: int = 32) -> None:
-        drawn = torch.Generator().manual_seed(seed)
-        words = torch.randint(0, 100, (2, length + 1), generator=drawn)
-        self.tokens, self.targets = words[:, :-1].contiguous(), words[:, 1:].contiguous()
-        self.document_ids = (torch.rand(2, length, generator=drawn) < 0.1).cumsum(1).int()
-        self.source_ids, self.sample_numbers = torch.tensor([0, 1]), torch.arange(2) + 2 * seed
-
-
 def engine(device: str = "cpu") -> Engine:
     # Without clipping a wrong scale of the gradients shows in the norm and in the curve.
     section = OptimizerSection(clip_grad_norm=0.0, eps=1e-3)
@@ -36,10 +28,10 @@ def engine(device: str = "cpu") -> Engine:
     return build_engine(SHAPE, section, ParallelSection(), train, 3, "bf16", mesh, kernels=kernels)
 
 
-def batches(step: int) -> list[Rows]:
+def batches(step: int) -> list[Micro]:
     """Lengths change and come back; documents differ each time."""
     length = (32, 32, 24, 32)[step % 4]
-    return [Rows(2 * step, length), Rows(2 * step + 1, length)]
+    return [two_rows(2 * step, 100, length, 0.1), two_rows(2 * step + 1, 100, length, 0.1)]
 
 
 def compare(graphed: Engine, plain: Engine, steps: int, rel: float) -> None:
@@ -86,7 +78,7 @@ def test_evaluation_runs_without_graphs() -> None:
         raise AssertionError("recorded")
 
     graphed.use_graphs(never)  # type: ignore[attr-defined]
-    assert graphed.evaluate([Rows(1)]) == engine().evaluate([Rows(1)])
+    assert graphed.evaluate([two_rows(1, 100, 32, 0.1)]) == engine().evaluate([two_rows(1, 100, 32, 0.1)])
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines.made_rows import two_rows
 
 from megatron.config.model_shape import resolve_model
 from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
@@ -18,15 +19,6 @@ SHAPE = resolve_model(ModelSection(preset="llama-tiny", hidden_size=32, intermed
 TRITON = Kernels(attention="sdpa", norm="triton", rope="triton", activation="triton", cross_entropy="triton")
 
 
-class Rows:
-    def __init__(self, seed: int) -> None:
-        drawn = torch.Generator().manual_seed(seed)
-        words = torch.randint(0, 60, (2, 9), generator=drawn)
-        self.tokens, self.targets = words[:, :-1].contiguous(), words[:, 1:].contiguous()
-        self.document_ids = (torch.rand(2, 8, generator=drawn) < 0.2).cumsum(1).int()
-        self.source_ids, self.sample_numbers = torch.tensor([0, 1]), torch.arange(2)
-
-
 @pytest.mark.parametrize("gradients", ["fp32", "bf16"])
 def test_a_bf16_step_of_triton_kernels_alone(gradients: str) -> None:
     """Norms, positions, activations, loss, norm of the gradient, clipping, AdamW and the copy that computes."""
@@ -37,7 +29,7 @@ def test_a_bf16_step_of_triton_kernels_alone(gradients: str) -> None:
     theirs = build_engine(SHAPE, OptimizerSection(), ParallelSection(), train, 3, "bf16")
     assert ours.describe()["optimizer"] == "AdamW, this project's Triton kernel"
     for step in range(3):
-        got, want = (engine.train_step([Rows(step)], 1e-3) for engine in (ours, theirs))
+        got, want = (engine.train_step([two_rows(step, 60, 8, 0.2)], 1e-3) for engine in (ours, theirs))
         assert got.loss == pytest.approx(want.loss, rel=5e-3)
         assert got.grad_norm == pytest.approx(want.grad_norm, rel=3e-2)
     copies = ours._weights.copies()  # type: ignore[attr-defined]
@@ -51,6 +43,9 @@ def test_an_fp32_step_of_triton_kernels_is_the_definitions_but_for_rounding() ->
     ours = build_engine(SHAPE, section, ParallelSection(), train, 3, "fp32", kernels=TRITON)
     theirs = build_engine(SHAPE, OptimizerSection(eps=1e-3), ParallelSection(), train, 3, "fp32")
     for step in range(3):
-        got, want = (engine.train_step([Rows(step), Rows(step + 9)], 1e-3) for engine in (ours, theirs))
+        got, want = (
+            engine.train_step([two_rows(step, 60, 8, 0.2), two_rows(step + 9, 60, 8, 0.2)], 1e-3)
+            for engine in (ours, theirs)
+        )
         assert got.loss == pytest.approx(want.loss, rel=1e-5)
         assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
