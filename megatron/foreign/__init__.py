@@ -1,0 +1,1 @@
+"""Checkpoints of other trainers, Megatron-LM's and GPT-NeoX's: read as tensors by our names, and written."""
