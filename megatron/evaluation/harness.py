@@ -1,34 +1,55 @@
-"""The one door to lm-evaluation-harness: `simple_evaluate` over local or named tasks, on a folder, offline by default.
+"""The one door to lm-evaluation-harness: its tasks and its model class, on a folder, offline by default.
 
 With `offline`, neither the harness nor the libraries below it ask the network for anything: settings are given to them
-in Python, environment variables play no part.
+in Python, environment variables play no part. Task files of the user are data: what would run code of theirs is
+refused, and templates are rendered where they reach nothing but the item.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config.errors import ConfigError, DataError, UnavailableError
+import torch
 
-# The accuracy of a task that is shown first and compared: the first of these that the task has.
-ACCURACIES = ("acc_mutual_info", "acc")
+from megatron.config.errors import ConfigError, DataError, UnavailableError
+from megatron.evaluation.harness_results import ratio_stderr, task_result
+from megatron.evaluation.task_file_checks import check_task_files
+
+__all__ = ["HarnessModel", "HarnessSettings", "Sampling", "load_model", "ratio_stderr", "require_harness", "run_tasks"]
+
+TaskResults = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """How to run. `limit`: at most so many items of a task, for trials. `device`: "cpu", "cuda", "cuda:1"."""
+    """How to run. `limit`: at most so many items of a task, for trials. `device`: "cpu", "cuda", "cuda:1".
+
+    `trust_task_code`: task files of the user may name Python code, and it is run.
+    """
 
     batch_size: int = 64
     dtype: str = "auto"
     device: str = "cpu"
     limit: int | None = None
     offline: bool = True
+    seed: int = 1234
+    trust_task_code: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are continued: greedily at temperature 0, else by nucleus sampling, until one of `until` appears."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    until: tuple[str, ...] = ()
     seed: int = 1234
 
 
@@ -45,30 +66,132 @@ def require_harness() -> Any:
     return module
 
 
-def run_tasks(
-    folder: Path, tasks: Sequence[str], include_path: Path | None, settings: HarnessSettings
-) -> dict[str, dict[str, Any]]:
-    """Results by task: {"metrics": {name: {"value", "stderr"}}, "items", "correct"} of the model in `folder`.
+class HarnessModel:
+    """A model folder behind the harness' own HFLM, loaded once for any number of tasks.
 
-    `correct` is a string of 0 and 1, item by item, for the first of ACCURACIES that a task has: what paired
-    comparisons need. Standard errors are the harness' own; for bits a byte, where it gives none, of the ratio
-    estimator over documents.
-    Raises ConfigError for an unknown task, DataError where a data set cannot be had.
+    It remembers of each scored (context, continuation) how many tokens the continuation had, and whether the context
+    was cut on the left.
+    """
+
+    def __init__(self, inner: Any, folder: Path, settings: HarnessSettings) -> None:
+        self.inner = inner
+        self.folder = folder
+        self.settings = settings
+        self._tokens: dict[tuple[str, str], int] = {}
+        self._cut: set[tuple[str, str]] = set()
+        scored = inner._loglikelihood_tokens
+
+        def remember(requests: Sequence[Any], *arguments: Any, **named: Any) -> Any:
+            for texts, context, continuation in requests:
+                if texts and isinstance(texts, tuple) and len(texts) == 2:
+                    self._tokens[texts] = len(continuation)
+                    if len(context) + len(continuation) > inner.max_length + 1:
+                        self._cut.add(texts)
+            return scored(requests, *arguments, **named)
+
+        inner._loglikelihood_tokens = remember
+
+    @property
+    def positions(self) -> int:
+        """The most tokens that the model takes."""
+        return int(self.inner.max_length)
+
+    def tokens(self, context: str, continuation: str) -> int | None:
+        """How many tokens of this continuation were scored behind this context, if any were."""
+        return self._tokens.get((context, continuation))
+
+    def was_cut(self, context: str, continuation: str) -> bool:
+        """Whether this context was cut on the left."""
+        return (context, continuation) in self._cut
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """log P(continuation | context) in nats of each pair; an empty context is the beginning of a text."""
+        try:
+            return [float(one[0]) for one in self.inner.loglikelihood(self._requests("loglikelihood", pairs), True)]
+        except AssertionError:
+            raise DataError(
+                f"{self.folder}: a text is empty, or has more tokens than the model's {self.positions} positions"
+            ) from None
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """A continuation of each prompt; the same for the same seed, prompts, batch size and machine.
+
+        Raises DataError for prompts that leave no room for sampling.max_new_tokens: none is cut.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if not prompt:
+                raise DataError("a prompt is empty")
+            length = len(self.inner.tok_encode(prompt))
+            if length + sampling.max_new_tokens > self.positions:
+                raise DataError(
+                    f"{self.folder}: a prompt of {length} tokens and {sampling.max_new_tokens} new ones do not fit "
+                    f"into the model's {self.positions} positions: lower --max-new-tokens, or take another model. It "
+                    f"begins: {prompt[:60]!r}"
+                )
+        how: dict[str, Any] = {
+            "until": list(sampling.until),
+            "max_gen_toks": sampling.max_new_tokens,
+            "do_sample": sampling.temperature > 0,
+            "temperature": sampling.temperature,
+        }
+        if sampling.temperature > 0:
+            how |= {"top_p": sampling.top_p, "top_k": 0}  # transformers' own default would be the 50 likeliest
+        torch.manual_seed(sampling.seed)
+        requests = self._requests("generate_until", [(prompt, how) for prompt in prompts])
+        return [str(one) for one in self.inner.generate_until(requests, disable_tqdm=True)]
+
+    @staticmethod
+    def _requests(kind: str, arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
+        instance = importlib.import_module("lm_eval.api.instance").Instance
+        return [instance(request_type=kind, doc={}, arguments=one, idx=0) for one in arguments]
+
+
+def load_model(folder: Path, settings: HarnessSettings) -> HarnessModel:
+    """The model of a Hugging Face folder. Raises DataError for anything else, UnavailableError without the harness."""
+    require_harness()
+    _quiet()
+    if settings.offline:
+        _no_network()
+    hflm = importlib.import_module("lm_eval.models.huggingface").HFLM
+    try:
+        # An absolute path is never mistaken for the name of a repository on the hub.
+        inner = hflm(
+            pretrained=str(folder.resolve()),
+            dtype=settings.dtype,
+            device=settings.device,
+            batch_size=settings.batch_size,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: not a model folder that transformers can load: {error}") from None
+    return HarnessModel(inner, folder, settings)
+
+
+def run_tasks(
+    model: Path | HarnessModel, tasks: Sequence[str], include_path: Path | None, settings: HarnessSettings
+) -> TaskResults:
+    """Results by task, as harness_results.task_result gives them, of a model or of the model in a folder.
+
+    Raises ConfigError for an unknown task and for task files that would run code, DataError where a data set cannot be
+    had or an item cannot be asked.
     """
     lm_eval = require_harness()
     _quiet()
     if settings.offline:
         _no_network()
+    if include_path is not None and not settings.trust_task_code:
+        check_task_files(include_path, _own_folder(), _own_metrics())
     manager = importlib.import_module("lm_eval.tasks").TaskManager(
         include_path=str(include_path.resolve()) if include_path else None,
         include_defaults=not _all_local(tasks, include_path),
     )
     _check_known(tasks, manager)
-    model = _load(folder, settings)
+    loaded = model if isinstance(model, HarnessModel) else load_model(model, settings)
+    opened = _open_tasks(tasks, manager)
     try:
         results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=list(tasks),
+            model=loaded.inner,
+            tasks=opened,
             task_manager=manager,
             batch_size=settings.batch_size,
             limit=settings.limit,
@@ -78,18 +201,18 @@ def run_tasks(
             fewshot_random_seed=settings.seed,
             log_samples=True,
         )
-    except AssertionError:
-        # The harness says no more: it asserts that context and answer are not empty and that the answer fits.
+    except AssertionError as error:
+        # Mostly the harness says no more: it asserts that context and answer are not empty and that the answer fits.
         raise DataError(
-            f"{folder}: an item of {', '.join(tasks)} is empty, or its answer has more tokens than the model's "
-            f"{model.max_length} positions: choose tasks with shorter answers, or a model with more positions"
+            f"{loaded.folder}: an item of {', '.join(tasks)} is empty, or its answer has more tokens than the model's "
+            f"{loaded.positions} positions: choose tasks with shorter answers, or a model with more positions"
+            + (f" ({error})" if str(error) else "")
         ) from None
-    except (OSError, ConnectionError) as error:
-        raise DataError(
-            f"tasks {', '.join(tasks)}: their data cannot be had ({error}). With network, say --online to let the "
-            "harness fetch it; without, point --include-path to task files with local data"
-        ) from None
-    return {name: _one(name, results) for name in results["results"]}
+    samples: Mapping[str, Any] = results.get("samples", {})
+    return {
+        name: task_result(raw, samples.get(name, ()), loaded.tokens, loaded.was_cut)
+        for name, raw in results["results"].items()
+    }
 
 
 def harness_version() -> str:
@@ -97,19 +220,81 @@ def harness_version() -> str:
     return importlib.import_module("importlib.metadata").version("lm_eval")  # type: ignore[no-any-return]
 
 
-def _load(folder: Path, settings: HarnessSettings) -> Any:
-    hflm = importlib.import_module("lm_eval.models.huggingface").HFLM
-    try:
-        # An absolute path is never mistaken for the name of a repository on the hub.
-        return hflm(
-            pretrained=str(folder.resolve()),
-            dtype=settings.dtype,
-            device=settings.device,
-            batch_size=settings.batch_size,
-            trust_remote_code=False,
+def own_task_files(names: Iterable[str]) -> dict[str, Path]:
+    """The harness' own task file of each name. Raises UnavailableError for names that this version does not have."""
+    wanted = set(names)
+    found: dict[str, Path] = {}
+    pattern = re.compile(rb"^task:[ ]*(" + b"|".join(re.escape(name).encode() for name in wanted) + rb")[ ]*\r?$", re.M)
+    for path in sorted(_own_folder().rglob("*.yaml")) if wanted else ():
+        if match := pattern.search(path.read_bytes()):
+            found.setdefault(match[1].decode(), path)
+    if gone := sorted(wanted - set(found)):
+        raise UnavailableError(
+            f"lm_eval {harness_version()} has no task {', '.join(gone)}: install the version that requirements/ names"
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: not a model folder that transformers can load: {error}") from None
+    return found
+
+
+def unavailable_tasks(tasks: Iterable[str], include_path: Path) -> dict[str, str]:
+    """Of the tasks in `include_path`, those whose data cannot be had, and why. Fetches what can be had."""
+    require_harness()
+    _quiet()
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(
+        include_path=str(include_path.resolve()), include_defaults=False
+    )
+    lost: dict[str, str] = {}
+    for task in tasks:
+        try:
+            _open_tasks([task], manager)
+        except DataError as error:
+            lost[task] = str(error).partition(". With network")[0]
+    return lost
+
+
+def fetch_rows(path: str, name: str | None, split: str, columns: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Rows of a data set of the Hugging Face hub, over the network. Raises DataError where it cannot be had."""
+    require_harness()
+    _quiet()
+    datasets = importlib.import_module("datasets")
+    try:
+        found = datasets.load_dataset(path, name, split=split)
+        found = found.select_columns(list(columns)) if columns else found
+        return [dict(row) for row in found]
+    except (OSError, ConnectionError, ValueError) as error:
+        raise DataError(f"data set {path} cannot be fetched: {error}. Put its file into --data DIR") from None
+
+
+def _open_tasks(tasks: Sequence[str], manager: Any) -> list[Any]:
+    """The tasks with their data, and with `max_new_tokens` of their metadata in force."""
+    try:
+        loaded = manager.load(list(tasks))
+    except (OSError, ConnectionError) as error:
+        raise DataError(
+            f"tasks {', '.join(tasks)}: their data cannot be had ({error}). With network, say --online to let the "
+            "harness fetch it; without, point --include-path to task files with local data"
+        ) from None
+    except Exception as error:  # a data set or a template that is wrong may raise anything of four libraries
+        raise DataError(
+            f"tasks {', '.join(tasks)}: the harness cannot use their data or their templates: "
+            f"{type(error).__name__}: {error}. Is a data file empty, or does it lack a field?"
+        ) from None
+    for task in loaded["tasks"].values():
+        most = (getattr(task.config, "metadata", None) or {}).get("max_new_tokens")
+        if most and task.config.generation_kwargs is not None:
+            task.config.generation_kwargs["max_gen_toks"] = int(most)
+    groups: Mapping[str, Any] = loaded.get("groups", {})
+    inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
+    alone = [task for name, task in loaded["tasks"].items() if name not in inside]
+    return [*alone, *(groups[name] for name in tasks if name in groups)]
+
+
+def _own_folder() -> Path:
+    return Path(str(importlib.import_module("lm_eval").__file__)).parent / "tasks"
+
+
+def _own_metrics() -> set[str]:
+    importlib.import_module("lm_eval.api.metrics")
+    return set(importlib.import_module("lm_eval.api.registry").metric_registry.keys())
 
 
 def _all_local(tasks: Sequence[str], include_path: Path | None) -> bool:
@@ -126,42 +311,26 @@ def _check_known(tasks: Sequence[str], manager: Any) -> None:
             raise ConfigError(f"task {task!r} is not known to lm-evaluation-harness.{hint}")
 
 
-def _one(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    raw: Mapping[str, Any] = results["results"][name]
-    samples: Sequence[Mapping[str, Any]] = results.get("samples", {}).get(name, ())
-    metrics: dict[str, dict[str, float | None]] = {}
-    for key, value in raw.items():
-        metric, _, _filter = key.partition(",")
-        if not isinstance(value, int | float) or metric in ("alias", "name") or "_stderr" in metric or "," not in key:
-            continue
-        error = raw.get(key.replace(metric, f"{metric}_stderr", 1))
-        metrics[metric] = {"value": float(value), "stderr": float(error) if isinstance(error, int | float) else None}
-    if (loss := metrics.get("bits_per_byte")) and loss["stderr"] is None:
-        nats = ratio_stderr([sample["bits_per_byte"] for sample in samples])
-        loss["stderr"] = None if nats is None else nats / math.log(2)
-    one: dict[str, Any] = {"metrics": metrics, "items": len(samples)}
-    accuracy = next((metric for metric in ACCURACIES if samples and metric in samples[0]), None)
-    if accuracy is not None:
-        one["correct"] = "".join("1" if sample[accuracy] else "0" for sample in samples)
-    return one
-
-
-def ratio_stderr(pairs: Sequence[Sequence[float]]) -> float | None:
-    """Standard error of sum(a) / sum(b) over pairs (a, b), by linearisation (Cochran, Sampling Techniques, 6.4)."""
-    count = len(pairs)
-    below = sum(b for _, b in pairs)
-    if count < 2 or below <= 0:
-        return None
-    ratio = sum(a for a, _ in pairs) / below
-    squares = sum((a - ratio * b) ** 2 for a, b in pairs)
-    return math.sqrt(count / (count - 1) * squares) / below
-
-
 def _quiet() -> None:
-    # The harness records the git commit of the user's working directory, and git complains where there is none.
-    importlib.import_module("lm_eval.evaluator").get_git_commit_hash = lambda: None
+    # The harness records the git commit of the user's working directory, and git complains where there is none; and
+    # what pip has installed, for which it starts pip and waits for seconds. Neither is kept here.
+    evaluator: Any = importlib.import_module("lm_eval.evaluator")
+    evaluator.get_git_commit_hash = lambda: None
+    evaluator.add_env_info = lambda results: None
     for name in ("lm_eval", "lm-eval", "transformers", "datasets", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    _tame_templates()
+
+
+def _tame_templates() -> None:
+    """Templates of task files are rendered in Jinja's sandbox: plain Jinja lets one reach every module of Python."""
+    words: Any = importlib.import_module("lm_eval.utils")
+    sandbox = importlib.import_module("jinja2.sandbox").ImmutableSandboxedEnvironment
+    if isinstance(words.env, sandbox):
+        return
+    tamed = sandbox(loader=words.env.loader, undefined=words.env.undefined, keep_trailing_newline=True)
+    tamed.filters.update(words.env.filters)
+    words.env = tamed
 
 
 def _no_network() -> None:

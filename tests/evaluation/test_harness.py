@@ -84,6 +84,9 @@ def test_bits_a_byte_have_a_standard_error(model: Path, tasks: Path) -> None:
     found = run_tasks(model, ["heldout_code_loss"], tasks, SETTINGS)["heldout_code_loss"]["metrics"]
     assert 1 < found["bits_per_byte"]["value"] < 30 and 0 < found["bits_per_byte"]["stderr"] < 3
     assert found["byte_perplexity"]["value"] == pytest.approx(2 ** found["bits_per_byte"]["value"])
+    # d(2 ** bits) = 2 ** bits * log 2 * d(bits)
+    slope = found["byte_perplexity"]["value"] * math.log(2)
+    assert found["byte_perplexity"]["stderr"] == pytest.approx(slope * found["bits_per_byte"]["stderr"])
 
 
 def test_ratio_stderr_is_that_of_a_mean_where_all_weights_are_equal() -> None:
