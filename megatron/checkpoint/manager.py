@@ -103,6 +103,8 @@ class CheckpointManager:
         self._board = board or LocalBoard()
         self._seconds = seconds
         self._say = say or (lambda words: None)
+        self.holds: Callable[[Path], bool] = lambda path: False
+        """Rank 0: whether a checkpoint is in use and must not be deleted yet, however old. Asked in any thread."""
         self._damaged: set[Path] = set()
         self._flight: _Flight | None = None
         self._copies = HostCopies()
@@ -274,7 +276,7 @@ class CheckpointManager:
         def after_publishing() -> None:
             self._damaged.discard(final)
             if retire:
-                self._retire()
+                self.retire()
 
         return JointSave(
             self._meet(final),
@@ -329,9 +331,12 @@ class CheckpointManager:
             if path.name.startswith((ASIDE, RETIRED)):
                 self.storage.remove_folder(path)
 
-    def _retire(self) -> None:
+    def retire(self) -> None:
+        """Rank 0 only, with no other save in flight: deletes surplus old checkpoints, but those that are in use."""
         passing = [path for _, path in self.steps() if path not in self._damaged and not _keeps_forever(path)]
         for path in passing[: -self.keep]:
+            if self.holds(path):
+                continue
             # Renamed first: a half-deleted folder must never look like a checkpoint.
             retired = path.with_name(f"{RETIRED}{path.name}")
             self.storage.rename(path, retired)

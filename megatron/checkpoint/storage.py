@@ -45,6 +45,11 @@ class Storage:
         with io_errors(path, "write"):
             return _write(path, file_bytes(tensors, metadata or {}))
 
+    def write_pieces(self, path: Path, pieces: Iterable[bytes | memoryview]) -> Seal:
+        """One new file of these pieces one after another, fsynced; a piece may go before the next one is made."""
+        with io_errors(path, "write"):
+            return _write(path, pieces)
+
     def copy_file(self, source: Path, target: Path) -> Seal:
         """A new copy of a file, fsynced."""
         with io_errors(target, f"copy {source} to"), open(source, "rb") as file:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron.checkpoint.coverage import overlap_of
+from megatron.checkpoint.tensor_files import TensorFile
 from megatron.checkpoint.tensor_format import DTYPES
 from megatron.config.errors import CheckpointError
 
@@ -30,7 +30,7 @@ class StoredTensors:
         """folder: of the checkpoint. tensors: a part of its manifest, name -> shape, dtype and shards."""
         self._folder = folder
         self._tensors = tensors
-        self._files: OrderedDict[str, Any] = OrderedDict()
+        self._files: OrderedDict[str, TensorFile] = OrderedDict()
 
     def names(self) -> Iterable[str]:
         """Every name."""
@@ -63,7 +63,7 @@ class StoredTensors:
                 continue
             there = tuple(slice(a - b, a - b + n) for a, b, n in zip(common[0], begin, common[1], strict=True))
             here = tuple(slice(a - b, a - b + n) for a, b, n in zip(common[0], wanted[0], common[1], strict=True))
-            box[here] = self._slice(shard["file"], name, there)
+            self._read_part(box[here], shard["file"], name, tuple(part.start for part in there))
             found += prod(common[1])
         if found != box.numel():
             raise CheckpointError(f"{self._folder}: tensor {name}: found {found} of {box.numel()} elements of a box")
@@ -84,16 +84,14 @@ class StoredTensors:
         ):
             raise ValueError(f"{name}: no box of {list(shape)} at {list(offset)} in a tensor of {list(whole)}")
 
-    def _slice(self, file: str, name: str, box: tuple[slice, ...]) -> Tensor:
+    def _read_part(self, box: Tensor, file: str, name: str, offset: tuple[int, ...]) -> None:
         path = self._folder / file
         try:
             if file not in self._files:
-                self._files[file] = safe_open(path, framework="pt")
+                self._files[file] = TensorFile(path)
                 if len(self._files) > _OPEN_FILES:
                     self._files.popitem(last=False)
             self._files.move_to_end(file)
-            opened = self._files[file]
-            found: Tensor = opened.get_slice(name)[box] if box else opened.get_tensor(name)
-            return found
-        except (OSError, SafetensorError) as error:
+            self._files[file].read_into(box, name, offset)
+        except (CheckpointError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: expected the file that was verified, found: {error}") from None

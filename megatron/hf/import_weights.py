@@ -15,17 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron.checkpoint.finite import is_finite
 from megatron.checkpoint.stored_tensors import StoredTensors
 from megatron.config.errors import CheckpointError
 from megatron.config.model_shape import ModelShape
-from megatron.hf.architecture import architecture_for
+from megatron.hf.architecture import CONFIG
+from megatron.hf.families.family import Family
 from megatron.hf.folder_config import check_config
-from megatron.hf.layout import rows_of
+from megatron.hf.layout import ReadInto, fill_box
 from megatron.hf.name_table import Entry, entries, our_size, their_size
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_ALIASES = {"embed_out.weight": "lm_head.weight"}  # transformers 5 saves GPT-NeoX heads under the new name
 _TRAINABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -41,24 +42,37 @@ class HuggingFaceTensors:
         them.
 
         Raises CheckpointError for a missing or truncated file, a path that leaves the folder, pickle files only, a
-        tensor that is missing, unknown, of another size or of no floating point; ConfigError for a shape that no
-        architecture expresses.
+        tensor that is missing, unknown, of another size or of no floating point, and a config.json that means another
+        model than `shape`; ConfigError for one that no shape expresses.
         """
         self._folder = Path(folder)
         self._model = shape
         self._places: dict[str, tuple[Entry, int, str]] = {}
         found = _headers(tensor_files(self._folder))
         self._stored = StoredTensors(self._folder, found)
-        unknown = set(found)
-        for entry in entries(architecture_for(shape).table, shape):
-            theirs = entry.theirs if entry.theirs in found else _ALIASES.get(entry.theirs, entry.theirs)
+        family = check_config(self._folder, shape)
+        unknown = {name for name in found if not name.endswith(family.buffers)}
+        for entry in entries(family.table, shape):
+            theirs = next((name for name in family.other_names(entry.theirs) if name in found), entry.theirs)
             self._check(theirs, found.get(theirs), their_size(entry, shape))
             unknown.discard(theirs)
             self._places |= {ours: (entry, number, theirs) for number, ours in enumerate(entry.ours)}
+        self._twin = self._stored_twice(family, found, unknown)
         if unknown:
             names = ", ".join(sorted(unknown)[:8])
             raise CheckpointError(f"{self._folder}: tensors that this model shape does not know: {names}")
-        check_config(self._folder, shape)
+
+    def _stored_twice(self, family: Family, found: Mapping[str, Any], unknown: set[str]) -> str | None:
+        """A head that is stored beside the embedding to which it is tied; it is taken out of `unknown`."""
+        if not self._model.tie_word_embeddings:
+            return None
+        heads = [entry for entry in family.table if entry.ours == ("head.weight",)]
+        for name in (name for entry in heads for name in family.other_names(entry.theirs)):
+            if name in unknown:
+                self._check(name, found[name], their_size(heads[0], self._model))
+                unknown.discard(name)
+                return name
+        return None
 
     def _check(self, name: str, found: Mapping[str, Any] | None, wanted: tuple[int, ...]) -> None:
         if found is None:
@@ -99,13 +113,26 @@ class HuggingFaceTensors:
         entry, number, theirs = self._places[name]
         box = torch.zeros(tuple(shape), dtype=self.dtype(name))
         if box.numel():
-            for rows in rows_of(entry, number, offset[0], offset[0] + shape[0], self._model):
-                part = box[rows.ours - offset[0] :][: rows.count]
-                self._stored.read_into(part, theirs, (rows.theirs, *offset[1:]))
-                # isfinite would make copies of the box; smallest and largest say the same, NaN included.
-                if not all(extreme.isfinite() for extreme in part.aminmax()):
+            for part in fill_box(box, entry, number, offset, self._model, self._reader(theirs)):
+                if not is_finite(part):
                     raise CheckpointError(f"{self._folder}: tensor {theirs} holds NaN or infinity")
+            if name == "embedding.weight" and self._twin:
+                self._compare_twin(box, entry, offset, theirs)
         return box
+
+    def _reader(self, theirs: str) -> ReadInto:
+        return lambda part, offset: self._stored.read_into(part, theirs, offset)
+
+    def _compare_twin(self, box: Tensor, entry: Entry, offset: Sequence[int], theirs: str) -> None:
+        assert self._twin is not None
+        twin = torch.zeros(box.shape, dtype=self._stored.dtype(self._twin))
+        for _ in fill_box(twin, entry, 0, offset, self._model, self._reader(self._twin)):
+            pass
+        if not torch.equal(twin.to(box.dtype), box):
+            raise CheckpointError(
+                f"{self._folder}: {CONFIG} says tie_word_embeddings, and tensor {self._twin} differs from {theirs}, to "
+                "which it would be tied: say tie_word_embeddings = false there and in [model]"
+            )
 
     def whole(self, name: str) -> Tensor:
         """A new tensor on the CPU: all of it."""

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from megatron.checkpoint.imported import ORIGIN
 from megatron.config.quantities import format_count
 from megatron.config.version import VERSION
 from megatron.data.ledger import Ledger, ledger_rows
+from megatron.hf.card_evaluation import evaluation_lines, markdown_table
 from megatron.hf.checkpoint_source import CheckpointSource
-from megatron.hf.parity import Proof
+from megatron.hf.proof_record import Proof
 from megatron.planner.ledger_files import read_ledger
 
 _HEAD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [stagemix]
-# license: say here under which licence you publish these weights; none was chosen for you
+{licence}
 ---
 
 # {name}
 
-{parameters} parameters, {architecture}, {dtype}. Trained for {steps} steps, {tokens} tokens, with Stagemix {version}.
+{parameters} parameters, {architecture}, {dtype}. {trained}, with Stagemix {version}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,21 +33,62 @@ model = AutoModelForCausalLM.from_pretrained("PATH/OF/THIS/FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH/OF/THIS/FOLDER")
 ```
 """
+_NO_LICENCE = "# license: say here under which licence you publish these weights; none was chosen for you"
 
 
-def model_card(source: CheckpointSource, architecture: str, dtype: str, proof: Proof | None) -> str:
-    """The card as Markdown with a YAML head. The licence is left to the user."""
-    state, shape = source.ref.state, source.shape
+@dataclass(frozen=True)
+class CardWords:
+    """What the user adds. notes: paragraphs of Markdown. licence: an identifier such as "apache-2.0". evaluation: a
+    record that `stagemix evaluate` wrote."""
+
+    notes: tuple[str, ...] = ()
+    licence: str = ""
+    evaluation: Mapping[str, Any] | None = None
+
+
+def model_card(
+    source: CheckpointSource,
+    architecture: str,
+    parameters: int,
+    dtype: str,
+    proof: Proof | None,
+    words: CardWords | None = None,
+) -> str:
+    """The card as Markdown with a YAML head. The licence is left to the user. parameters: of the folder's files."""
+    words, state = words or CardWords(), source.ref.state
+    tokens = format_count(state.get("consumed_tokens", 0))
     head = _HEAD.format(
+        licence=f"license: {words.licence}" if words.licence else _NO_LICENCE,
         name=source.config.run.name,
-        parameters=format_count(shape.parameter_count()),
+        parameters=format_count(parameters),
         architecture=architecture,
         dtype=dtype,
-        steps=state.get("step", source.ref.step),
-        tokens=format_count(state.get("consumed_tokens", 0)),
+        trained="Converted" if ORIGIN in state else f"Trained for {source.ref.step} steps, {tokens} tokens",
         version=VERSION,
     )
-    return "\n".join([head, *_ledger(source), *_evaluation(), *_notes(source), *_proof(proof)]) + "\n"
+    if source.tokenizer is None:
+        head = "\n".join(line for line in head.split("\n") if not line.startswith("tokenizer = "))
+        head = head.replace(", AutoTokenizer", "")
+    own = ["## Notes of the publisher", "", *(line for note in words.notes for line in (note.strip(), ""))]
+    parts = [own if words.notes else [], _training(source), evaluation_lines(words.evaluation), _notes(source)]
+    return "\n".join([head, *(line for part in parts for line in part), *_proof(proof)]) + "\n"
+
+
+def _training(source: CheckpointSource) -> list[str]:
+    return [*_ledger(source), *_beginnings(source.ref.state)]
+
+
+def _beginnings(state: Mapping[str, Any]) -> list[str]:
+    """Where weights came from that were not trained from nothing."""
+    lines = [
+        f"- Training stage {stage} began from the weights at `{taken['weights']}`."
+        for stage, taken in (state.get("taken") or {}).items()
+        if taken.get("weights") not in (None, "fresh")
+    ]
+    if origin := state.get(ORIGIN):
+        name = origin.get("folder") or origin.get("name") or origin.get("kind", "elsewhere")
+        lines.append(f"- These weights were imported from `{name}` and not trained since; see `origin.json`.")
+    return [*lines, ""] if lines else []
 
 
 def _ledger(source: CheckpointSource) -> list[str]:
@@ -55,11 +99,13 @@ def _ledger(source: CheckpointSource) -> list[str]:
     return [
         "## Training stages",
         "",
-        *_table(("stage", "tokens", "sequence length", *_groups(rows)), _stage_rows(ledger, rows)),
+        *markdown_table(("stage", "tokens", "sequence length", *_groups(rows)), _stage_rows(ledger, rows)),
         "",
         "## Tokens by source",
         "",
-        *_table(("stage", "source", "group", "samples", "tokens", "share", "epochs"), map(_source_row, rows)),
+        *markdown_table(
+            ("stage", "source", "group", "samples", "tokens", "share", "epochs"), list(map(_source_row, rows))
+        ),
         "",
         "Every source's tokens were trained on in one order that goes on across stages; order hash "
         f"`{ledger.order_hash}`, seed {ledger.seed}.",
@@ -90,25 +136,18 @@ def _source_row(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["training_stage"], row["source"], row["group"], count, tokens, share, epochs)
 
 
-def _table(head: Sequence[str], rows: Any) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _evaluation() -> list[str]:
-    return ["## Evaluation", "", "None yet: run `stagemix evaluate --model` on this folder.", ""]
-
-
 def _notes(source: CheckpointSource) -> list[str]:
-    end = source.tokenizer.eod_id
-    notes = [
-        "## Notes for use",
-        "",
-        f"- Token {end} ends a document; it stands for bos, eos and pad. Training puts no token before a text.",
-        '- `split_special_tokens` is on: names of special tokens inside a text (`"</s>"`) stay text, as in training. '
-        "Load the tokenizer with `split_special_tokens=False` where they should become tokens.",
-    ]
-    if source.shape.document_mask:
+    notes = ["## Notes for use", ""]
+    if source.tokenizer is None:
+        notes.append("- No tokenizer came with these weights: this folder has none, and no ids for bos, eos and pad.")
+    else:
+        end = source.tokenizer.eod_id
+        notes += [
+            f"- Token {end} ends a document; it stands for bos, eos and pad. Training puts no token before a text.",
+            '- `split_special_tokens` is on: names of special tokens inside a text (`"</s>"`) stay text, as in '
+            "training. Load the tokenizer with `split_special_tokens=False` where they should become tokens.",
+        ]
+    if source.shape.document_mask and ORIGIN not in source.ref.state:
         notes.append("- In training attention never crossed a document's end, and positions began again with each.")
     return [*notes, ""]
 

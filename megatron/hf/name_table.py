@@ -1,10 +1,13 @@
-"""Which of our tensors is which of Hugging Face's: one declarative table for each architecture, read both ways.
+"""Which of our tensors is which of Hugging Face's: the words of the tables in `families/`, read both ways.
 
 An entry names our tensors and theirs, the size of ours in words of the ModelShape, and how they are laid out:
 
-    same          the tensor itself
-    vocabulary    rows past `vocab_size` are padding: cut off on export, zero on import
-    per-head qkv  query, key and value interleaved head by head: [heads, 3, head_dim] rows (GPT-NeoX)
+    same              the tensor itself
+    vocabulary        rows past `vocab_size` are padding: cut off on export, zero on import
+    per-head qkv      query, key and value interleaved head by head: [heads, 3, head_dim] rows (GPT-NeoX)
+    stacked           the rows of ours one after the other (Phi-3's qkv_proj and gate_up_proj)
+    transposed        [inputs, outputs] where ours is [outputs, inputs] (GPT-2's Conv1D)
+    transposed stack  ours stacked, then transposed (GPT-2's c_attn)
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from typing import Literal
 
 from megatron.config.model_shape import ModelShape
 
-Layout = Literal["same", "vocabulary", "per-head qkv"]
-Condition = Literal["attention_bias", "mlp_bias", "layernorm", "gated_mlp", "untied", None]
+Layout = Literal["same", "vocabulary", "per-head qkv", "stacked", "transposed", "transposed stack"]
+Condition = Literal["qkv_bias", "output_bias", "mlp_bias", "untied", None]
 LAYER = "{layer}"
+OURS = "layers.{layer}."
 
 
 @dataclass(frozen=True)
@@ -30,76 +34,38 @@ class Entry:
     layout: Layout = "same"
     only_if: Condition = None
 
+    @property
+    def transposed(self) -> bool:
+        """Whether their rows are our columns."""
+        return self.layout in ("transposed", "transposed stack")
 
-def _one(ours: str, theirs: str, *size: str, layout: Layout = "same", only_if: Condition = None) -> Entry:
+
+def one(ours: str, theirs: str, *size: str, layout: Layout = "same", only_if: Condition = None) -> Entry:
+    """The entry of one tensor of ours."""
     return Entry((ours,), theirs, (size,), layout, only_if)
 
 
-_OURS = "layers.{layer}."
-_LLAMA = "model.layers.{layer}."
-_NEOX = "gpt_neox.layers.{layer}."
-_QKV = ("query", "key", "value")
+def words(ours: str, theirs: str, only_if: Condition = None) -> Entry:
+    """The entry of a matrix with a row for each word."""
+    return one(ours, theirs, "vocabulary", "hidden", layout="vocabulary", only_if=only_if)
 
-LLAMA: tuple[Entry, ...] = (
-    _one("embedding.weight", "model.embed_tokens.weight", "vocabulary", "hidden", layout="vocabulary"),
-    _one(_OURS + "attention_norm.weight", _LLAMA + "input_layernorm.weight", "hidden"),
-    _one(_OURS + "attention.query.weight", _LLAMA + "self_attn.q_proj.weight", "query", "hidden"),
-    _one(_OURS + "attention.query.bias", _LLAMA + "self_attn.q_proj.bias", "query", only_if="attention_bias"),
-    _one(_OURS + "attention.key.weight", _LLAMA + "self_attn.k_proj.weight", "key", "hidden"),
-    _one(_OURS + "attention.key.bias", _LLAMA + "self_attn.k_proj.bias", "key", only_if="attention_bias"),
-    _one(_OURS + "attention.value.weight", _LLAMA + "self_attn.v_proj.weight", "value", "hidden"),
-    _one(_OURS + "attention.value.bias", _LLAMA + "self_attn.v_proj.bias", "value", only_if="attention_bias"),
-    _one(_OURS + "attention.output.weight", _LLAMA + "self_attn.o_proj.weight", "hidden", "query"),
-    _one(_OURS + "attention.output.bias", _LLAMA + "self_attn.o_proj.bias", "hidden", only_if="attention_bias"),
-    _one(_OURS + "mlp_norm.weight", _LLAMA + "post_attention_layernorm.weight", "hidden"),
-    _one(_OURS + "mlp.gate.weight", _LLAMA + "mlp.gate_proj.weight", "intermediate", "hidden"),
-    _one(_OURS + "mlp.gate.bias", _LLAMA + "mlp.gate_proj.bias", "intermediate", only_if="mlp_bias"),
-    _one(_OURS + "mlp.up.weight", _LLAMA + "mlp.up_proj.weight", "intermediate", "hidden"),
-    _one(_OURS + "mlp.up.bias", _LLAMA + "mlp.up_proj.bias", "intermediate", only_if="mlp_bias"),
-    _one(_OURS + "mlp.down.weight", _LLAMA + "mlp.down_proj.weight", "hidden", "intermediate"),
-    _one(_OURS + "mlp.down.bias", _LLAMA + "mlp.down_proj.bias", "hidden", only_if="mlp_bias"),
-    _one("final_norm.weight", "model.norm.weight", "hidden"),
-    _one("head.weight", "lm_head.weight", "vocabulary", "hidden", layout="vocabulary", only_if="untied"),
-)
 
-GPT_NEOX: tuple[Entry, ...] = (
-    _one("embedding.weight", "gpt_neox.embed_in.weight", "vocabulary", "hidden", layout="vocabulary"),
-    _one(_OURS + "attention_norm.weight", _NEOX + "input_layernorm.weight", "hidden"),
-    _one(_OURS + "attention_norm.bias", _NEOX + "input_layernorm.bias", "hidden"),
-    _one(_OURS + "mlp_norm.weight", _NEOX + "post_attention_layernorm.weight", "hidden"),
-    _one(_OURS + "mlp_norm.bias", _NEOX + "post_attention_layernorm.bias", "hidden"),
-    Entry(
-        tuple(f"{_OURS}attention.{part}.weight" for part in _QKV),
-        _NEOX + "attention.query_key_value.weight",
-        (("query", "hidden"), ("key", "hidden"), ("value", "hidden")),
-        "per-head qkv",
-    ),
-    Entry(
-        tuple(f"{_OURS}attention.{part}.bias" for part in _QKV),
-        _NEOX + "attention.query_key_value.bias",
-        (("query",), ("key",), ("value",)),
-        "per-head qkv",
-        "attention_bias",
-    ),
-    _one(_OURS + "attention.output.weight", _NEOX + "attention.dense.weight", "hidden", "query"),
-    _one(_OURS + "attention.output.bias", _NEOX + "attention.dense.bias", "hidden", only_if="attention_bias"),
-    _one(_OURS + "mlp.up.weight", _NEOX + "mlp.dense_h_to_4h.weight", "intermediate", "hidden"),
-    _one(_OURS + "mlp.up.bias", _NEOX + "mlp.dense_h_to_4h.bias", "intermediate"),
-    _one(_OURS + "mlp.down.weight", _NEOX + "mlp.dense_4h_to_h.weight", "hidden", "intermediate"),
-    _one(_OURS + "mlp.down.bias", _NEOX + "mlp.dense_4h_to_h.bias", "hidden"),
-    _one("final_norm.weight", "gpt_neox.final_layer_norm.weight", "hidden"),
-    _one("final_norm.bias", "gpt_neox.final_layer_norm.bias", "hidden"),
-    _one("head.weight", "embed_out.weight", "vocabulary", "hidden", layout="vocabulary", only_if="untied"),
-)
+def joined(parts: dict[str, str], theirs: str, *inputs: str, layout: Layout, only_if: Condition = None) -> Entry:
+    """The entry of several of ours in one of theirs. parts: our names, each with the word of its first dimension."""
+    return Entry(tuple(parts), theirs, tuple((size, *inputs) for size in parts.values()), layout, only_if)
+
+
+def query_key_value(kind: str) -> dict[str, str]:
+    """The names and first dimensions of the three projections' `weight` or `bias`."""
+    return {f"{OURS}attention.{part}.{kind}": part for part in ("query", "key", "value")}
 
 
 def entries(table: tuple[Entry, ...], shape: ModelShape) -> Iterator[Entry]:
     """The table's entries that `shape` has, with the layers counted out, in the table's order."""
     present = {
-        "attention_bias": shape.attention_bias,
+        "qkv_bias": shape.attention_bias or shape.query_key_value_bias,
+        "output_bias": shape.attention_bias,
         "mlp_bias": shape.mlp_bias,
-        "layernorm": shape.norm == "layernorm",
-        "gated_mlp": shape.gated_mlp,
         "untied": not shape.tie_word_embeddings,
         None: True,
     }
@@ -117,15 +83,17 @@ def entries(table: tuple[Entry, ...], shape: ModelShape) -> Iterator[Entry]:
 
 def our_size(size: tuple[str, ...], shape: ModelShape) -> tuple[int, ...]:
     """The dimensions of one of our tensors, the vocabulary padded."""
-    words = {
+    sizes = {
         "vocabulary": shape.padded_vocab_size,
+        "positions": shape.max_position_embeddings,
         "hidden": shape.hidden_size,
         "intermediate": shape.intermediate_size,
         "query": shape.num_attention_heads * shape.head_dim,
         "key": shape.num_key_value_heads * shape.head_dim,
         "value": shape.num_key_value_heads * shape.head_dim,
+        "head": shape.head_dim,
     }
-    return tuple(words[word] for word in size)
+    return tuple(sizes[word] for word in size)
 
 
 def their_size(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
@@ -133,4 +101,5 @@ def their_size(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
     rows = sum(our_size(size, shape)[0] for size in entry.size)
     if entry.layout == "vocabulary":
         rows = shape.vocab_size
-    return (rows, *our_size(entry.size[0], shape)[1:])
+    size = (rows, *our_size(entry.size[0], shape)[1:])
+    return size[::-1] if entry.transposed else size

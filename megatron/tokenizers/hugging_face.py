@@ -20,7 +20,7 @@ from megatron.tokenizers.base import (
 )
 from megatron.tokenizers.hugging_face_plain_bpe import plain_bpe_of_json
 
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class HuggingFaceTokenizer:

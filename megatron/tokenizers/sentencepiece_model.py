@@ -49,24 +49,30 @@ def read_pieces(path: Path, content: bytes) -> list[Piece]:
 class TextRules:
     """How a model treats text: its type (1 unigram, 2 BPE, 3 words, 4 characters), and what it does to white space.
 
-    `rewrites` is true where it changes characters (NFKC and the like) or drops spaces before it looks for pieces.
+    `rewrites` is true where it changes characters (NFKC and the like) or drops spaces before it looks for pieces;
+    `maps_characters` and `drops_spaces` say which.
     """
 
     model_type: int
     rewrites: bool
     dummy_prefix: bool
     plain_spaces: bool
+    maps_characters: bool
+    drops_spaces: bool
 
 
 def read_text_rules(content: bytes) -> TextRules:
     """The rules of a model whose pieces have been read (`read_pieces` finds damage)."""
     trainer, normalizer = _settings(content, 2), _settings(content, 3)
+    maps, drops = normalizer.get(2, 0) > 0, normalizer.get(4, 1) != 0
     return TextRules(
         model_type=trainer.get(3, 1),
-        rewrites=normalizer.get(2, 0) > 0 or normalizer.get(4, 1) != 0,
+        rewrites=maps or drops,
         dummy_prefix=normalizer.get(3, 1) != 0,
         # spaces become U+2581 (normaliser's field 5), before the word rather than behind it (trainer's field 24)
         plain_spaces=normalizer.get(5, 1) != 0 and trainer.get(24, 0) == 0,
+        maps_characters=maps,
+        drops_spaces=drops,
     )
 
 

@@ -45,6 +45,8 @@ class TiktokenTokenizer:
             ) from None
         ranks = _read_ranks(path, content)
         self._path, self._rules = path, _rules(path, len(ranks))
+        self.ranks: Mapping[bytes, int] = ranks
+        self.pattern, self.normalization = self._rules.pattern, self._rules.normalization
         if clash := sorted(set(self._rules.special.values()) & set(ranks.values())):
             raise DataError(
                 f"{path}: special token id {clash[0]} is the rank of a piece of text: correct {_beside(path)}"

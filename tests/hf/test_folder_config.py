@@ -18,6 +18,16 @@ LLAMA = resolve_model(ModelSection(preset="llama-tiny", seq_length=16), 64)
 NEOX = resolve_model(ModelSection(preset="neox-160m", seq_length=16), 64)
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+
+
 def write(folder: Path, shape: Any, **over: Any) -> None:
     config = config_json(shape, bos_token_id=0, eos_token_id=0, dtype="float32") | over
     kept = {key: value for key, value in config.items() if value != "left out"}
@@ -52,10 +62,10 @@ def test_older_and_newer_readers_words_are_the_same(tmp_path: Path, over: dict[s
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4, the model has 2"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', the model has 'silu'"),
         ({"rms_norm_eps": 0.5}, "rms_norm_eps is 0.5"),
-        ({"model_type": "mistral"}, "model_type is 'mistral', the model has 'llama'"),
         ({"rope_theta": 77.0, "rope_parameters": None}, "rope_theta is 77.0, the model has 10000.0"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0}}, "rope_type is 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
+        ({"rope_parameters": LLAMA3}, "rope_scaling is rope_type llama3, factor 8.0, .* the model has none"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type linear, factor 2.0"),
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "query_key_value_bias is True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
     ],
 )
@@ -63,6 +73,16 @@ def test_B1_what_would_train_another_function_is_named(tmp_path: Path, over: dic
     write(tmp_path, LLAMA, **over)
     with pytest.raises(CheckpointError, match=words):
         check_config(tmp_path, LLAMA)
+
+
+def test_another_class_that_means_the_same_is_taken(tmp_path: Path) -> None:
+    write(tmp_path, LLAMA, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
+    assert check_config(tmp_path, LLAMA).name == "MistralForCausalLM"
+
+
+def test_what_changes_no_logit_may_differ(tmp_path: Path) -> None:
+    write(tmp_path, LLAMA, max_position_embeddings=4096, initializer_range=0.5)
+    check_config(tmp_path, LLAMA)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", ""])

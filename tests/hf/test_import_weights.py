@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hf.family_cases import CASES, made, stored
 from hf.made_checkpoint import LLAMA, NEOX
 from hf.made_folder import made_by_transformers, shape_of
 from safetensors.torch import load_file, save_file
 
 from megatron.config.errors import CheckpointError
 from megatron.config.model_shape import ModelShape
+from megatron.hf.architecture import shape_from_folder
 from megatron.hf.import_weights import HuggingFaceTensors
 from megatron.models.decoder import Decoder
 
@@ -45,6 +47,58 @@ def test_C3_a_model_made_by_transformers_gives_the_same_logits_in_ours(fields: d
     with torch.no_grad():
         difference = ours.logits(tokens, torch.zeros_like(tokens)) - theirs(tokens).logits
     assert float(difference.abs().max()) <= 1e-4
+
+
+def _again(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The folder read once more, with these tensors in its file."""
+    save_file(tensors, folder / "model.safetensors")
+    return HuggingFaceTensors(folder, shape_from_folder(folder)).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+def test_older_spellings_and_buffers_without_weights_are_known(name: str, tmp_path: Path) -> None:
+    made(CASES[name], tmp_path)
+    good, wanted = stored(tmp_path), HuggingFaceTensors(tmp_path, shape_from_folder(tmp_path)).all()
+    older = {
+        "gpt2": {key.removeprefix("transformer."): tensor for key, tensor in good.items()},
+        "gpt_neox": {key.replace("embed_out", "lm_head"): tensor for key, tensor in good.items()},
+        "llama": good,
+    }[name]
+    assert name == "llama" or older.keys() != good.keys()
+    buffers = {
+        "gpt2": {"h.0.attn.bias": torch.ones(1, 1, 4, 4).bool(), "h.1.attn.masked_bias": torch.zeros(())},
+        "gpt_neox": {
+            "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 4, 4).bool(),
+            "gpt_neox.layers.1.attention.masked_bias": torch.zeros(()),
+            "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.zeros(2),
+        },
+        "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)},
+    }[name]
+    again = _again(tmp_path, older | buffers)
+    assert again.keys() == wanted.keys() and all(torch.equal(again[key], tensor) for key, tensor in wanted.items())
+    with pytest.raises(CheckpointError, match=r"does not know: .*other"):
+        _again(tmp_path, older | {"h.0.attn.other": torch.zeros(2)})
+
+
+def test_B1_a_head_that_is_stored_though_tied_must_be_the_embedding(tmp_path: Path) -> None:
+    embedding = made(CASES["qwen2 tied"], tmp_path).get_input_embeddings().weight.detach()
+    good = stored(tmp_path)
+    assert "lm_head.weight" not in good
+    again = _again(tmp_path, good | {"lm_head.weight": embedding.clone()})
+    assert torch.equal(again["embedding.weight"][: len(embedding)], embedding)
+    other = embedding.clone()
+    other[7, 3] += 1e-3
+    with pytest.raises(CheckpointError, match=r"tensor lm_head\.weight differs from model\.embed_tokens\.weight"):
+        _again(tmp_path, good | {"lm_head.weight": other})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is \[3, 32\]"):
+        _again(tmp_path, good | {"lm_head.weight": other[:3].clone()})
+
+
+def test_B1_a_joined_tensor_of_another_size_is_named(tmp_path: Path) -> None:
+    made(CASES["phi3"], tmp_path)
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    with pytest.raises(CheckpointError, match=r"qkv_proj\.weight is \[9, 32\].*\[64, 32\]"):
+        _again(tmp_path, stored(tmp_path) | {name: torch.zeros(9, 32)})
 
 
 def test_C2_pickles_are_never_read(shape: ModelShape, folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megatron.config.errors import ConfigError, ProofError
-from megatron.hf.tokenizer_files import TRICKY, check_equal, sample_texts, write_tokenizer
+from megatron.hf.tokenizer_check import TRICKY, check_equal, sample_texts
+from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.load import load_tokenizer
 
@@ -77,15 +78,8 @@ def test_C3_a_tokenizer_that_differs_is_found(pair: tuple[Any, Tokenizer]) -> No
     [
         ("normalises text", {"normalization_rule_name": "nmt_nfkc", "byte_fallback": True}),
         ("byte pieces", {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}),
-        (
-            "not a SentencePiece BPE",
-            {
-                "model_type": "unigram",
-                "byte_fallback": True,
-                "normalization_rule_name": "identity",
-                "remove_extra_whitespaces": False,
-            },
-        ),
+        ("neither BPE nor unigram", {"model_type": "char", "normalization_rule_name": "identity"}),
+        ("spaces behind words", {"treat_whitespace_as_suffix": True, "normalization_rule_name": "identity"}),
     ],
 )
 def test_B1_models_that_cannot_be_translated_are_refused(said: str, options: dict[str, Any], tmp_path: Path) -> None:

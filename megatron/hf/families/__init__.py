@@ -1,0 +1,1 @@
+"""Model families of `transformers`: one file each, data alone, read both ways."""
