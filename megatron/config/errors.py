@@ -20,11 +20,14 @@ EXIT_WATCHDOG = 9
 EXIT_LOST_PROCESS = 10
 EXIT_IO = 74
 EXIT_REQUEUE = 75
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 # operating-system errors that a user can repair, each with what to do: exit code 74
 IO_REMEDIES = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write to another disk",
     errno.EROFS: "write to a folder that is not on a read-only file system",
     errno.EIO: "the disk reports a hardware error: check it, or use another",
     errno.ENOTDIR: "the path leads through a file: name another",
@@ -99,3 +102,14 @@ class StopRequested(StagemixError):
     """A signal asked the run to save and stop; the run can be resumed."""
 
     exit_code = EXIT_REQUEUE
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The code that a process ends with for an error that nobody handles; argparse's SystemExit has its own."""
+    if isinstance(error, StagemixError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return EXIT_BROKEN_PIPE
+    return EXIT_IO if isinstance(error, OSError) and error.errno in IO_REMEDIES else EXIT_BUG

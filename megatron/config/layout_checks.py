@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron.config.errors import ConfigError
+from megatron.config.kernel_checks import splits_backward
 from megatron.config.layout import Layout, resolve_layout
 from megatron.config.layout_sizes import (
     Choose,
@@ -27,7 +28,6 @@ from megatron.config.schema import OptimizerSection, ParallelSection, TrainSecti
 from megatron.config.tested_layouts import TESTED, combination_of
 
 _ZERO_STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
-_SPLIT_BACKWARD = ("zero-bubble", "zbv")
 Refusals = Iterator[ConfigError]
 
 _LACKS: dict[str, frozenset[str]] = {
@@ -115,6 +115,7 @@ def _refusals(
         keys.append(ConfigError(words + "at most; set train.precision to fp32 or bf16, or parallel.engine = torch"))
     yield from keys
     yield from _gradient_refusals(section, layout, train, precision)
+    yield from _split_master_refusals(section, layout, optimizer, precision)
     yield from tensor_refusals(section.tensor, shape, choose)
     yield from stage_refusals(section, shape, choose)
     for length in dict.fromkeys(batch.seq_length for batch in batches):
@@ -137,6 +138,28 @@ def _gradient_refusals(section: ParallelSection, layout: Layout, train: TrainSec
             "train.gradients = bf16 is for one process of the torch engine in bf16, and this is "
             f"{layout.world_size} of the {section.engine} engine in {precision}: set train.gradients to fp32 (several "
             "processes save memory by parallel.data_shard)"
+        )
+
+
+def _split_master_refusals(
+    section: ParallelSection, layout: Layout, optimizer: OptimizerSection, precision: str
+) -> Refusals:
+    """Masters in halves are what Triton's AdamW steps where the high halves compute: FSDP2 has shards of one dtype,
+    and would round what it reduces to theirs; DeepSpeed keeps its own masters."""
+    if optimizer.master_weights == "whole":
+        return
+    asked = {
+        f"{layout.world_size} processes": layout.world_size > 1,
+        f"parallel.engine = {section.engine}": section.engine != "torch",
+        f"precision {precision}": precision not in ("bf16", "auto"),
+        f"optimizer.name = {optimizer.name}": optimizer.name != "adamw",
+        f"optimizer.implementation = {optimizer.implementation}": optimizer.implementation != "triton",
+    }
+    if against := [words for words, found in asked.items() if found]:
+        yield ConfigError(
+            f"optimizer.master_weights = split does not go with {' and '.join(against)}: it is for one process of the "
+            "torch engine in bf16 with optimizer.name = adamw and optimizer.implementation = triton; set these, or "
+            "optimizer.master_weights to whole (several processes save memory by parallel.data_shard)"
         )
 
 
@@ -248,7 +271,7 @@ def _recompute_and_deepspeed(section: ParallelSection) -> Refusals:
 def _pairs(section: ParallelSection, layout: Layout) -> Refusals:
     """Keys that make sense each alone and not together."""
     lacks, shard, schedule = _LACKS[section.engine], section.data_shard, section.schedule
-    split = section.pipeline > 1 and schedule in _SPLIT_BACKWARD
+    split = splits_backward(section)
     if section.pipeline > 1 and shard in ("gradients", "full") and "gradients in a pipeline" in lacks:
         yield ConfigError(
             f"parallel.data_shard = {shard} (ZeRO-{_ZERO_STAGES[shard]}) with parallel.pipeline {section.pipeline} on "

@@ -107,9 +107,7 @@ def sequence_refusals(section: ParallelSection, shape: ModelShape, length: int, 
             f"parallel.context {section.context} ({heads} = {section.context} x {heads // section.context} + "
             f"{heads % section.context}): set {_instead_of_all_to_all(section, heads, length, choose)}"
         )
-    gathers = section.context > 1 and (
-        section.context_method == "gather" or (section.context_method == "auto" and not exchanged)
-    )
+    gathers = gathers_keys(section, shape)
     parts = _sequence_parts(section, gathers)
     if length % parts:
         words = [f"parallel.context {section.context}"] if section.context > 1 else []
@@ -121,6 +119,13 @@ def sequence_refusals(section: ParallelSection, shape: ModelShape, length: int, 
             f"({length} = {parts} x {length // parts} + {length % parts}): set model.seq_length (or the stage's own) "
             f"to {near}"
         )
+
+
+def gathers_keys(section: ParallelSection, shape: ModelShape) -> bool:
+    """Whether context ranks gather keys and values, so that queries are some positions and keys all."""
+    heads = max(1, shape.num_key_value_heads // section.tensor)
+    by_itself = section.context_method == "auto" and heads % section.context > 0
+    return section.context > 1 and (section.context_method == "gather" or by_itself)
 
 
 def _sequence_parts(section: ParallelSection, gathers: bool) -> int:

@@ -35,11 +35,13 @@ def stage_numbers(section: ParallelSection, rank: int) -> tuple[int, ...]:
 
 
 def layer_cost(shape: ModelShape, seq_length: int) -> int:
-    """Operations of one layer on one token, forward and backward; of the attention matrix the visible half."""
+    """Operations of one layer on one token, forward and backward; of the attention matrix the visible half. Where some
+    layers have a sliding window, the mean of all."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     projections = 2 * hidden * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
     multiplied = projections + (3 if shape.gated_mlp else 2) * hidden * inner
-    return _FORWARD_AND_BACKWARD * 2 * (multiplied + shape.num_attention_heads * shape.head_dim * seq_length)
+    attended = shape.attended_lengths(seq_length) // shape.num_hidden_layers
+    return _FORWARD_AND_BACKWARD * 2 * (multiplied + shape.num_attention_heads * shape.head_dim * attended)
 
 
 def head_cost(shape: ModelShape) -> int:
@@ -57,7 +59,7 @@ def stage_costs(shape: ModelShape, partition: tuple[range, ...], seq_length: int
 def stage_parameters(shape: ModelShape, partition: tuple[range, ...]) -> tuple[int, ...]:
     """Parameters of each stage; a tied head is a copy of the embedding where both ends are apart."""
     counts = [len(layers) * shape.layer_parameter_count() for layers in partition]
-    counts[0] += shape.embedding_count()
+    counts[0] += shape.embedding_count() + shape.position_count()
     counts[-1] += shape.hidden_size * (2 if shape.norm == "layernorm" else 1)
     if not shape.tie_word_embeddings or len(partition) > 1:
         counts[-1] += shape.embedding_count()

@@ -9,9 +9,13 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from megatron.config.evaluation_section import EvaluationSection as EvaluationSection
+from megatron.config.evaluation_section import check_evaluation
+from megatron.config.model_section import ModelSection as ModelSection
 from megatron.config.quantities import parse_count, parse_quantity
+from megatron.config.section import Section
 
 Share = Annotated[Decimal, Field(ge=0, le=1)]
 
@@ -25,12 +29,6 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
 Words = Annotated[int | str, BeforeValidator(_quantity_words)]
 Weight = Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]
 Mixture = dict[str, Weight]
-
-
-class Section(BaseModel):
-    """A table of the config: frozen, and closed to keys that it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -48,35 +46,6 @@ class TokenizerSection(Section):
     fim: tuple[str, str, str] | None = Field(
         None, description="special tokens for prefix, middle and suffix, where they are not of a known family"
     )
-
-
-class ModelSection(Section):
-    """A decoder in Hugging Face's words. `preset` fills what is not said."""
-
-    preset: str | None = Field(None, description="a name from megatron/config/presets.py")
-    seq_length: int = Field(ge=1, description="input positions of a sample")
-    vocab_size: int | None = Field(None, ge=1, description="taken from the tokenizer where absent")
-    hidden_size: int | None = Field(None, ge=1)
-    num_hidden_layers: int | None = Field(None, ge=1)
-    num_attention_heads: int | None = Field(None, ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1, description="grouped-query attention; default: every head")
-    head_dim: int | None = Field(None, ge=1, description="default: hidden_size / num_attention_heads")
-    intermediate_size: int | None = Field(None, ge=1)
-    hidden_act: Literal["silu", "gelu", "gelu_tanh"] | None = Field(None, description="silu and gated: SwiGLU")
-    gated_mlp: bool | None = Field(None, description="gate and up projection; default true")
-    norm: Literal["rmsnorm", "layernorm"] | None = None
-    norm_eps: float | None = Field(None, gt=0)
-    attention_bias: bool | None = Field(None, description="biases on query, key, value and output projections")
-    mlp_bias: bool | None = None
-    parallel_block: bool | None = Field(None, description="attention and MLP side by side, as GPT-NeoX")
-    rope_theta: float | None = Field(None, gt=0)
-    partial_rotary_factor: float | None = Field(None, gt=0, le=1)
-    tie_word_embeddings: bool | None = None
-    initializer_range: float | None = Field(None, gt=0)
-    hidden_dropout: float | None = Field(
-        None, ge=0, lt=1, description="of the embedding and of what a layer adds to the residual stream; default 0"
-    )
-    document_mask: bool = Field(True, description="attention and positions never cross a document's end")
 
 
 class SourceSection(Section):
@@ -141,6 +110,11 @@ class OptimizerSection(Section):
         "adamw", description="muon: for the matrices of layers; embedding, head, norms and biases stay with AdamW"
     )
     implementation: Literal["torch", "apex", "triton"] = Field("torch", description="whose fused kernel runs AdamW")
+    master_weights: Literal["whole", "split"] = Field(
+        "whole",
+        description="of bf16: whole float32 beside the bf16 copy that computes, or split, 16 low bits beside it: the "
+        "same numbers in 2 bytes a parameter less (one process, implementation triton)",
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -304,6 +278,11 @@ class KernelsSection(Section):
         False, description="microbatches recorded once and replayed, for small models: one process of torch in bf16"
     )
     fp8: bool = Field(False, description="products of layers in fp8 (tensorwise scales); GPUs since Ada and Hopper")
+    weight_gradients: Literal["separate", "fused"] = Field(
+        "separate",
+        description="of layers in bf16: rounded and added in a pass for each microbatch, or fused, added in float32 by "
+        "the product that makes them (one process of torch, without CUDA graphs and fp8)",
+    )
 
 
 class HealthSection(Section):
@@ -348,6 +327,7 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     kernels: KernelsSection = KernelsSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
     health: HealthSection = HealthSection()
     log: LogSection = LogSection()
 
@@ -357,4 +337,5 @@ class RunConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stages: the name {twice[0]!r} is used twice; give each stage and template its own name")
+        check_evaluation(self.evaluation, self.checkpoint.every, bool(self.validation.fraction))
         return self

@@ -27,16 +27,3 @@ def compile_layers(model: Decoder) -> None:
     for layer in model.layers.values():
         assert isinstance(layer, DecoderLayer)
         layer.forward = compiler(layer.forward)  # type: ignore[method-assign]
-
-
-def obstacle_to_compiling(
-    split_backward: bool, recompute: str, recompute_policy: str, dropout: float = 0.0
-) -> str | None:
-    """Why a layout's layers cannot be compiled; None where they can."""
-    if dropout:
-        return "model.hidden_dropout is keyed by the layer's number, so that every layer would be a program of its own"
-    if split_backward:
-        return "schedules that split the backward pass (zero-bubble, zbv) run a layer's graph twice"
-    if (recompute, recompute_policy) == ("selective", "operations"):
-        return "parallel.recompute_policy = operations sees no operations inside a compiled layer"
-    return None

@@ -1,9 +1,12 @@
-"""A decoder language model by its shape: Llama's family and GPT-NeoX's, and what lies between; or a rank's part of it.
+"""A decoder language model by its shape: the families of Llama, Qwen, OLMo 2, GPT-2 and GPT-NeoX, and what lies
+between; or a rank's part of it.
 
-Parameter names are global, the same in every layout: embedding.weight, layers.N.attention_norm.weight,
-layers.N.attention.{query,key,value,output}.weight, layers.N.mlp_norm.weight, layers.N.mlp.{gate,up,down}.weight,
-final_norm.weight, head.weight (absent where tied); the same with .bias where the shape has biases. A tied head on
-another rank than the embedding is a second embedding.weight. Parameters have their local sizes (`parameter_cuts`).
+Parameter names are global, the same in every layout: embedding.weight, positions.weight (learned), for each layer N
+layers.N.attention_norm.weight, layers.N.attention.{query,key,value,output}.weight, layers.N.attention.{query,key}_norm
+.weight, layers.N.attention_after_norm.weight, the same of mlp with layers.N.mlp.{gate,up,down}.weight, then
+final_norm.weight and head.weight (absent where tied); .bias beside .weight, and which norms there are, as the shape
+says. A tied head on another rank than the embedding is a second embedding.weight. Parameters have their local sizes
+(`parameter_cuts`).
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from megatron.kernels.cross_entropy import cross_entropy_in_place, linear_cross_
 from megatron.kernels.document_lengths import DocumentBounds
 from megatron.kernels.dropout import ATTENTION, EMBEDDING
 from megatron.kernels.dropout import MLP as MLP_OUTPUT
-from megatron.models.attention import Attention, AttentionPlan, context_method, plan_attention
+from megatron.models.attention import Attention, AttentionPlan, context_method, document_places, plan_attention
 from megatron.models.layers import Embedding, Linear, Norm, column_linear
 from megatron.models.mlp import MLP
+from megatron.models.positions import Positions, check_length
 from megatron.models.residual_dropout import ResidualDropout
 from megatron.parallel.context_attention import local_positions
 from megatron.parallel.model_place import ONE_PROCESS, ModelPlace
@@ -39,23 +43,34 @@ class DecoderLayer(nn.Module):
     def __init__(self, shape: ModelShape, kernels: Kernels, place: ModelPlace, number: int) -> None:
         """number: the layer's, of the whole model."""
         super().__init__()
-        self.attention_norm = Norm(shape, kernels, place)
+        before, after = shape.norms_before, shape.norms_after
+        self.attention_norm = Norm(shape, kernels, place) if before else None
         self.attention = Attention(shape, kernels, place)
-        self.mlp_norm = Norm(shape, kernels, place)
+        self.attention_after_norm = Norm(shape, kernels, place) if after else None
+        self.mlp_norm = Norm(shape, kernels, place) if before else None
         self.mlp = MLP(shape, kernels, place)
-        self.parallel, self.number = shape.parallel_block, number
+        self.mlp_after_norm = Norm(shape, kernels, place) if after else None
+        self.parallel, self.number, self.slides = shape.parallel_block, number, shape.slides(number)
 
     def forward(self, x: Tensor, plan: AttentionPlan, dropout: ResidualDropout | None = None) -> Tensor:
-        attended = self.attention(self.attention_norm(x), plan)
+        normed = x if self.attention_norm is None else self.attention_norm(x)
+        attended = self.attention(normed, plan.of(self.slides))
+        if self.attention_after_norm is not None:
+            attended = self.attention_after_norm(attended)
         if dropout is not None:
             attended = dropout.drop(attended, self.number, ATTENTION)
         if self.parallel:
-            return x + attended + self._mlp(self.mlp_norm(x), dropout)
-        normed, x = self.mlp_norm.after_adding(x, attended)
+            return x + attended + self._mlp(x if self.mlp_norm is None else self.mlp_norm(x), dropout)
+        if self.mlp_norm is None:
+            normed = x = x + attended
+        else:
+            normed, x = self.mlp_norm.after_adding(x, attended)
         return x + self._mlp(normed, dropout)
 
     def _mlp(self, normed: Tensor, dropout: ResidualDropout | None) -> Tensor:
         y = self.mlp(normed)
+        if self.mlp_after_norm is not None:
+            y = self.mlp_after_norm(y)
         return y if dropout is None else dropout.drop(y, self.number, MLP_OUTPUT)
 
 
@@ -85,6 +100,8 @@ class Decoder(nn.Module):
         numbers = range(shape.num_hidden_layers) if place.layers is None else place.layers
         tied = shape.tie_word_embeddings
         self.embedding = Embedding(shape, place) if place.first or (place.last and tied) else None
+        learned = shape.position_embedding == "learned"
+        self.positions = Positions(shape, place) if place.first and learned else None
         self.layers = nn.ModuleDict({str(n): DecoderLayer(shape, kernels, place, n) for n in numbers})
         self.final_norm = Norm(shape, kernels, place) if place.last else None
         self.head: Linear | None = None
@@ -131,8 +148,10 @@ class Decoder(nn.Module):
     def _hidden(
         self, x: Tensor, document_ids: Tensor, positions: Tensor | None, dropout: ResidualDropout | None
     ) -> Tensor:
-        if self.embedding is not None and self.place.first:
-            x = self.embedding(x if positions is None else x[:, positions])
+        check_length(self.shape, document_ids.shape[1])
+        if self.place.first:
+            places = None if self.positions is None else document_places(self.shape, document_ids, positions)
+            x = self.embedded(x if positions is None else x[:, positions], places)
             x = x if dropout is None else dropout.drop(x, 0, EMBEDDING)
         plan = plan_attention(
             self.shape, document_ids, x.dtype, self.kernels.attention, self.place, positions, self.bounds
@@ -140,6 +159,18 @@ class Decoder(nn.Module):
         for layer in self.layers.values():
             x = layer(x, plan, dropout)
         return x if self.final_norm is None else self.final_norm(x)
+
+    def embedded(self, tokens: Tensor, places: Tensor | None) -> Tensor:
+        """What enters the first layer, [batch, T_local, hidden], of tokens int64 [batch, T]. places: each token's
+        number within its document, int64 [batch or 1, T]; needed where positions are learned."""
+        assert self.embedding is not None, "the embedding is on another pipeline rank"
+        x = self.embedding(tokens)
+        if self.shape.embedding_multiplier != 1:
+            x = x * self.shape.embedding_multiplier
+        if self.positions is None:
+            return x
+        assert places is not None, "learned positions are looked up by place"
+        return self.positions(x, places)
 
     def _dropout(
         self, document_ids: Tensor, positions: Tensor | None, sample_numbers: Tensor | None

@@ -8,7 +8,7 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron.kernels.matrix_product import Library, linear_value, product_of
+from megatron.kernels.weight_gradient import HasGradient, MainGradient, add_weight_gradient
 from megatron.models.layers import Linear
 
 
@@ -32,6 +33,8 @@ class JoinedProjections(nn.Module):
     """A module with linear maps that read the same input. joined: set by `join`; None where they lie apart."""
 
     joined: Joined | None = None
+    main_gradient: MainGradient | None = None
+    """Where the weights' gradients are added by their one product; None: autograd is given them."""
 
     def together(self) -> tuple[Linear, ...]:
         """The maps, in the order of their outputs."""
@@ -45,15 +48,26 @@ class JoinedProjections(nn.Module):
         biases = [linear.bias for linear in linears if linear.bias is not None]
         library = linears[0].library
         whole = (self.joined.weight, self.joined.bias)
-        return _JoinedLinear.apply(x, library, *whole, len(weights), *weights, *biases)  # type: ignore[no-any-return]
+        sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.main_gradient is not None and torch.is_grad_enabled():
+            sums = self.main_gradient.place()
+        return _JoinedLinear.apply(x, library, *whole, *sums, len(weights), *weights, *biases)  # type: ignore[no-any-return]
 
 
 class _JoinedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, library: Library, weight: Tensor, bias: Tensor | None, count: int, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        library: Library,
+        weight: Tensor,
+        bias: Tensor | None,
+        total: Tensor | None,
+        fresh: Tensor | None,
+        count: int,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, total, fresh)
         ctx.sizes, ctx.biased = [part.shape[0] for part in parameters[:count]], len(parameters) > count
         ctx.product = product_of(library)
         return linear_value(library, x, weight, bias)
@@ -61,12 +75,16 @@ class _JoinedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, total, fresh = ctx.saved_tensors
         rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         x_grad = ctx.product(rows, weight).view(x.shape)
-        weight_grads = ctx.product(rows.t(), inputs).split(ctx.sizes)
+        weight_grads: Sequence[Tensor | None] = [None] * len(ctx.sizes)
+        if total is None:
+            weight_grads = ctx.product(rows.t(), inputs).split(ctx.sizes)
+        else:
+            add_weight_gradient(total, fresh, rows, inputs)
         bias_grads = rows.sum(0).split(ctx.sizes) if ctx.biased else ()
-        return x_grad, None, None, None, None, *weight_grads, *bias_grads
+        return x_grad, *(None,) * 6, *weight_grads, *bias_grads
 
 
 def join(model: nn.Module) -> None:
@@ -79,6 +97,29 @@ def join(model: nn.Module) -> None:
             biases = [linear.bias for linear in linears if linear.bias is not None]
             bias = _behind_each_other(biases) if biases else None
             module.joined = Joined(_behind_each_other([linear.weight for linear in linears]), bias)
+
+
+def add_gradients_in_products(layers: nn.Module, sums: Mapping[nn.Parameter, HasGradient]) -> list[MainGradient]:
+    """From now on the linear maps of `layers` add their weights' gradients to the sums themselves; what they add to.
+
+    sums: by weight. Where maps are joined, their sums lie one behind the other too.
+    """
+    made, done = [], set()
+    for module in layers.modules():
+        if isinstance(module, JoinedProjections) and module.joined is not None:
+            module.main_gradient = _main_gradient(module.together(), sums)
+            made.append(module.main_gradient)
+            done.update(module.together())
+    for module in layers.modules():
+        if isinstance(module, Linear) and module not in done:
+            module.main_gradient = _main_gradient([module], sums)
+            made.append(module.main_gradient)
+    return made
+
+
+def _main_gradient(linears: Sequence[Linear], sums: Mapping[nn.Parameter, HasGradient]) -> MainGradient:
+    weights = [linear.weight for linear in linears]
+    return MainGradient([sums[weight] for weight in weights], weights)
 
 
 def _behind_each_other(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config.model_shape import ModelShape
-from megatron.kernels.choice import Kernels, fp8_products, norms
+from megatron.kernels.choice import Kernels, fp8_casts, fp8_products, norms
 from megatron.kernels.embedding import embedding
-from megatron.kernels.matrix_product import Linear as LinearMap
+from megatron.kernels.fp8 import Fp8Weight
 from megatron.kernels.matrix_product import linear_of, product_of
+from megatron.kernels.weight_gradient import MainGradient, linear_into
 from megatron.parallel.model_place import ONE_PROCESS, ModelPlace, ParameterCut
 from megatron.parallel.tensor_mappings import enter, gathered_linears, leave
 
@@ -45,31 +47,43 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.residual, self.library = residual, kernels.product
-        self.linear = _fp8(kernels) if kernels.fp8 else linear_of(kernels.product)
-        self.fp8 = kernels.fp8
+        self.linear, self.fp8 = linear_of(kernels.product), kernels.fp8
+        self.casts: Literal["eager", "triton"] = "triton" if kernels.norm == "triton" else "eager"
+        self.multiply = fp8_products(self.casts) if kernels.fp8 else None
+        self.fp8_weight: Fp8Weight | None = None
+        """The cast of the weight, where somebody refreshes it (`keep_cast`); else it is cast in each forward pass."""
+        self.main_gradient: MainGradient | None = None
+        """Where the weight's gradient is added by the product that makes it; None: autograd is given it."""
         self.cuts = dict.fromkeys(("weight", "bias"), cut or ParameterCut())
         self.used: slice | None = None
         """The outputs that this rank computes, where it holds more; None for all."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x, *self.operands())
+        return self.mapped(x, *self.operands())
+
+    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b of this map's own weight, or of the part of it that is used."""
+        if self.multiply is not None:
+            y = self.multiply(x, weight, self.fp8_weight)
+            return y if bias is None else y + bias
+        if self.main_gradient is not None and torch.is_grad_enabled():
+            return linear_into(x, weight, bias, *self.main_gradient.place())
+        return self.linear(x, weight, bias)
+
+    def keep_cast(self) -> None:
+        """From now on forward passes multiply by the cast that `cast_weight` made last."""
+        self.fp8_weight = Fp8Weight(fp8_casts(self.casts))
+
+    def cast_weight(self) -> None:
+        """Casts the weight as it is now, into the memory of the cast before."""
+        assert self.fp8_weight is not None
+        self.fp8_weight.refresh(self.weight)
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the outputs that this rank computes."""
         if self.used is None:
             return self.weight, self.bias
         return self.weight[self.used], None if self.bias is None else self.bias[self.used]
-
-
-def _fp8(kernels: Kernels) -> LinearMap:
-    """x W^T + b by 8-bit products."""
-    multiply = fp8_products("triton" if kernels.norm == "triton" else "eager")
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = multiply(x, weight)
-        return y if bias is None else y + bias
-
-    return linear
 
 
 class RowLinear(Linear):
@@ -83,8 +97,8 @@ class RowLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.place.tensor.alone:
-            return self.linear(x, self.weight, self.bias)
-        y = leave(self.linear(x, self.weight, None), self.place.tensor, self.place.sequence)
+            return self.mapped(x, self.weight, self.bias)
+        y = leave(self.mapped(x, self.weight, None), self.place.tensor, self.place.sequence)
         return y if self.bias is None else y + self.bias
 
 
@@ -103,11 +117,17 @@ def project(x: Tensor, linears: Sequence[Linear], place: ModelPlace) -> tuple[Te
     operands = [linear.operands() for linear in linears]
     if place.split_backward or linears[0].fp8:
         x = enter(x, place.tensor, place.sequence)
-        return tuple(linear.linear(x, *operand) for linear, operand in zip(linears, operands, strict=True))
+        return tuple(linear.mapped(x, *operand) for linear, operand in zip(linears, operands, strict=True))
     weights, biases = zip(*operands, strict=True)
     if place.tensor.alone:
-        return tuple(linear.linear(x, *operand) for linear, operand in zip(linears, operands, strict=True))
+        return tuple(linear.mapped(x, *operand) for linear, operand in zip(linears, operands, strict=True))
     return gathered_linears(x, weights, biases, place.tensor, place.sequence, product_of(linears[0].library))
+
+
+def norm_weight(weight: Tensor, unit_offset: bool) -> Tensor:
+    """What an RMSNorm multiplies by: the weight, or (Gemma) 1 + weight, in float32 at least, since bfloat16 has no
+    small steps around 1."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1 if unit_offset else weight
 
 
 class Norm(nn.Module):
@@ -117,18 +137,18 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.hidden_size))
         self.bias = nn.Parameter(torch.empty(shape.hidden_size)) if shape.norm == "layernorm" else None
-        self.eps, self.functions = shape.norm_eps, norms(kernels.norm)
+        self.eps, self.functions, self.unit_offset = shape.norm_eps, norms(kernels.norm), shape.norm_unit_offset
         self.cuts = dict.fromkeys(("weight", "bias"), replicated(place))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
-            return self.functions.rms_norm(x, self.weight, self.eps)
+            return self.functions.rms_norm(x, norm_weight(self.weight, self.unit_offset), self.eps)
         return self.functions.layer_norm(x, self.weight, self.bias, self.eps)
 
     def after_adding(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """(the norm of x + branch, x + branch): the sum is read once while it is made."""
         if self.bias is None:
-            return self.functions.add_rms_norm(x, branch, self.weight, self.eps)
+            return self.functions.add_rms_norm(x, branch, norm_weight(self.weight, self.unit_offset), self.eps)
         return self.functions.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 

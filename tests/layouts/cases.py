@@ -38,7 +38,24 @@ VARIANTS = (
     Variant("sgd, clipped", OptimizerSection(name="sgd", momentum=0.5, clip_grad_norm=CLIP), 8.0, 1e-5, BIASED),
     Variant("adamw", OptimizerSection(clip_grad_norm=1.0, weight_decay=0.1), 0.4, 1e-4, TIED),
 )
-VARIANT = {variant.name: variant for variant in VARIANTS}
+_PLAIN = OptimizerSection(name="sgd", clip_grad_norm=0.0)
+FAMILIES = (
+    Variant("qwen2", _PLAIN, 20.0, 1e-5, TIED | {"query_key_value_bias": True}),
+    Variant("qwen3", _PLAIN, 20.0, 1e-5, TIED | {"qk_norm": "head", "head_dim": 16}),
+    Variant("olmo2", _PLAIN, 8.0, 1e-5, {"qk_norm": "width", "norm_place": "after"}),
+    Variant("gpt2", _PLAIN, 8.0, 1e-5, BIASED | TIED | {"position_embedding": "learned", "gated_mlp": False}),
+    Variant(
+        "gemma3",
+        _PLAIN,
+        4.0,
+        1e-5,
+        TIED
+        | {"norm_place": "both", "norm_unit_offset": True, "qk_norm": "head", "embedding_multiplier": 4.0}
+        | {"sliding_window": 5, "sliding_pattern": 2, "rope_local_theta": 100.0},
+    ),
+)
+"""What other model families than Llama's and NeoX' are made of."""
+VARIANT = {variant.name: variant for variant in (*VARIANTS, *FAMILIES)}
 
 
 Key = tuple[str, str]
@@ -80,7 +97,7 @@ class LayoutCase:
         if self.only:
             return self.only
         wide = self.parallel.get("engine") != "deepspeed"
-        names = [name for name in VARIANT if name == "adamw" or not self.parallel.get("offload")]
+        names = [v.name for v in VARIANTS if v.name == "adamw" or not self.parallel.get("offload")]
         # what clipping does is the same in both precisions
         narrow = [name for name in names if name != "sgd, clipped" or not wide]
         return (*(("fp64", name) for name in names if wide), *(("fp32", name) for name in narrow))

@@ -44,6 +44,26 @@ SHAPES = {
     "neox in order": tiny_shape("neox-160m", num_key_value_heads=4, parallel_block=False),
     "dropout": tiny_shape(hidden_dropout=0.3),
     "a rank of padding": tiny_shape(vocabulary=70),
+    "qwen2": tiny_shape(query_key_value_bias=True),
+    "qwen3": tiny_shape(qk_norm="head", head_dim=16),
+    "qwen3, one key head": tiny_shape(qk_norm="head", num_key_value_heads=1),
+    "olmo2": tiny_shape(qk_norm="width", norm_place="after", tie_word_embeddings=False),
+    "olmo2, one key head": tiny_shape(qk_norm="width", norm_place="after", num_key_value_heads=1),
+    "gpt2": tiny_shape("gpt2", num_key_value_heads=4, max_position_embeddings=40, hidden_dropout=0.2),
+    "both norms, offset, multipliers": tiny_shape(
+        norm_place="both",
+        norm_unit_offset=True,
+        qk_norm="head",
+        embedding_multiplier=3.0,
+        attention_multiplier=0.3,
+    ),
+    "every other layer with a window": tiny_shape(
+        sliding_window=5, sliding_pattern=2, rope_local_theta=100.0, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    ),
+    "all layers with a window": tiny_shape(sliding_window=3),
+    "scaled rope": tiny_shape(
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, rope_theta=100.0
+    ),
 }
 """70 words are padded to 128: of four ranks the last has none of them."""
 
@@ -145,3 +165,10 @@ def assembled(outcomes: list[Outcome], name: str) -> np.ndarray:
     for part in parts:
         np.testing.assert_array_equal(part, parts[0], err_msg=name)
     return parts[0]
+
+
+def rounding(gradient: np.ndarray, whole: Outcome) -> float:
+    """What a gradient may differ by; one that is zero by nature, as of key biases without rotary positions, is the
+    rounding of larger ones."""
+    largest = max(float(np.abs(other).max()) for other in whole.gradients.values())
+    return float(1e-12 * np.abs(gradient).max() + 1e-14 * largest)

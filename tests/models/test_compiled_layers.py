@@ -9,7 +9,10 @@ from itertools import product
 import pytest
 import torch
 import torch._dynamo
+from models.tensor_cases import SHAPES
+from ranks import run_ranks
 
+from megatron.config.layout import Layout
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import ModelSection
 from megatron.kernels.choice import Kernels
@@ -19,6 +22,8 @@ from megatron.models.decoder import Decoder
 from megatron.models.initialise import initialise
 from megatron.models.joined import join
 from megatron.models.recompute import apply_recompute
+from megatron.parallel.mesh import close_mesh, launched, open_mesh
+from megatron.parallel.model_place import ModelPlace
 
 SHAPE = resolve_model(ModelSection(preset="llama-tiny", num_hidden_layers=12, seq_length=32), 64)
 KERNELS = Kernels(attention="sdpa", norm="compile", rope="compile", activation="compile", compile_layers=True)
@@ -84,6 +89,41 @@ def test_gradients_whatever_is_compiled(backends: tuple[str, str, str], attentio
     if attention == "sdpa":
         breaks = torch._dynamo.utils.counters["graph_break"]
         assert not breaks, dict(breaks)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "gpt2", "both norms, offset, multipliers"])
+def test_one_program_serves_all_layers_of_each_family(family: str) -> None:
+    shape = replace(SHAPES[family], num_hidden_layers=3, hidden_dropout=0.0)
+    wanted = steps(made(Kernels(attention="sdpa"), shape=shape), (16, 24))
+    for got, want in zip(steps(made(KERNELS, joined=True, shape=shape), (16, 24)), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    counters = torch._dynamo.utils.counters
+    frames, breaks = counters["frames"], counters["graph_break"]
+    assert frames["ok"] == frames["total"] <= 6 and not breaks, f"{frames}, {dict(breaks)}"
+
+
+def on_tensor_ranks(sequence: bool) -> list[list[torch.Tensor]]:
+    compiled_layers.compiler = partial(torch.compile, backend="aot_eager")
+    mesh = open_mesh(Layout(tensor=2), launched(), 60)
+    found = []
+    for family in ("qwen3", "olmo2"):
+        for kernels in (Kernels(attention="sdpa"), KERNELS):
+            model = Decoder(SHAPES[family], kernels, ModelPlace(tensor=mesh.tensor, sequence=sequence))
+            initialise(model, 0)
+            if kernels.compile_layers:
+                compile_layers(model)
+            found.append([part.detach() for part in steps(model, (16, 24))])
+    close_mesh()
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sequence", [False, True])
+def test_norms_of_queries_and_keys_over_tensor_ranks_in_programs(sequence: bool) -> None:
+    for plain, compiled, plain_width, compiled_width in run_ranks(2, on_tensor_ranks, sequence):
+        for wanted, found in ((plain, compiled), (plain_width, compiled_width)):
+            for got, want in zip(found, wanted, strict=True):
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_that_the_host_cuts_runs_between_two_programs() -> None:

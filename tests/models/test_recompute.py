@@ -64,7 +64,7 @@ def assert_same_bits(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) ->
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
-@pytest.mark.parametrize("name", ["two key heads, tied", "neox", "dropout"])
+@pytest.mark.parametrize("name", ["two key heads, tied", "neox", "dropout", "qwen3", "olmo2", "gpt2"])
 def test_the_same_bits_alone(name: str, backend: str) -> None:
     want, calls = trained(("none", "attention", None), name, backend)
     assert calls == [1, 1]

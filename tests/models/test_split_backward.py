@@ -49,7 +49,7 @@ def compared(tensor: int) -> list[tuple[Any, ...]]:
     sent: Traffic = Counter()
     record(sent)
     found = []
-    for shape in ("one key head, biases", "one key head, untied", "neox"):
+    for shape in ("one key head, biases", "one key head, untied", "neox", "qwen3", "olmo2", "olmo2, one key head"):
         for stage in STAGES:
             for sequence in (False, True)[:tensor]:
                 results = []

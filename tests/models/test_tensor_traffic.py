@@ -81,6 +81,9 @@ def expected(case: Case, tensor: int) -> tuple[Traffic, Traffic]:
     else:
         training["all_reduce", stream] = 4 * layers + 2
         evaluation = Counter({("all_reduce", stream): 2 * layers + 1})
+    if shape.qk_norm == "width":  # a sum of squares for each token's query and key, and its slope
+        training["all_reduce", rows * 2 * 8] += 2 * layers
+        evaluation["all_reduce", rows * 2 * 8] += layers
     chunks: Traffic = Counter()
     for start in range(0, rows, CHUNK_ROWS):
         chunks[ALL_GATHER, min(CHUNK_ROWS, rows - start) * tensor * 3 * 8] += 1
@@ -90,7 +93,7 @@ def expected(case: Case, tensor: int) -> tuple[Traffic, Traffic]:
 
 CASES = [
     Case(shape, rows, sequence, split)
-    for shape in ("two key heads, tied", "one key head, biases", "neox")
+    for shape in ("two key heads, tied", "one key head, biases", "neox", "qwen3", "olmo2, one key head", "gpt2")
     for rows, sequence, split in ((3, False, False), (3, True, False), (1, True, True), (1, False, True))
 ]
 
