@@ -26,7 +26,7 @@ BUILT := $(VENV)/.built-$(shell cat setup.py pyproject.toml csrc/* | cksum | tr 
 # torch-free: everything that a login node runs
 TYPED := $(filter-out megatron/data/loader.py, $(wildcard megatron/config/*.py megatron/data/*.py \
   megatron/corpora/*.py megatron/preprocessing/*.py megatron/tokenizers/*.py megatron/planner/*.py megatron/launch/*.py megatron/metrics/*.py megatron/optim/lr.py \
-  megatron/commands/frame.py megatron/commands/cli.py megatron/commands/plan.py megatron/commands/inspect_data.py \
+  megatron/commands/frame.py megatron/commands/cli.py megatron/commands/plan.py megatron/commands/plan_tables.py megatron/commands/inspect_data.py \
   megatron/commands/ledger.py megatron/commands/report.py megatron/commands/preprocess_data.py \
   megatron/commands/merge_data.py megatron/commands/preprocess_progress.py \
   megatron/commands/train_tokenizer.py))

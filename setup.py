@@ -73,8 +73,8 @@ def extensions() -> list[Any]:
     return [
         Extension(
             EXTENSION,
-            sources=sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            sources=["csrc/module.cpp"],  # which includes the others
+            depends=sorted(glob("csrc/*")),
             include_dirs=["csrc", pybind11.get_include()],
             language="c++",
             extra_compile_args=["/std:c++17", "/O2"]

@@ -24,7 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,6 +44,7 @@ PARTS = {
     "f": "gpu_device_tests",
 }
 RESULTS = ROOT / "benchmarks" / "results"
+EXIT_USAGE = 2
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -117,6 +120,9 @@ def _run(arguments: argparse.Namespace, argv: list[str], work: Path) -> int:
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     whole = Clock(arguments.total)
     context = Context(device, arguments.dry_run, seed, work, results, whole, whole, arguments)
+    if unknown := _unknown_texts(context):
+        print(f"error: {unknown}", file=sys.stderr)
+        return EXIT_USAGE
     print(f"{DRY}\n" * arguments.dry_run + f"{line_of(dict(words))}, seed {seed}", flush=True)
     resume, failed = Resume.of(arguments.resume), list[str]()
     for part in PARTS:
@@ -191,6 +197,24 @@ def _part(context: Context, part: str, name: str, argv: list[str], resume: Resum
 
 def _raise(error: Exception) -> NoReturn:
     raise error
+
+
+def _unknown_texts(context: Context) -> str:
+    """What is wrong with --only: texts that no job of the parts has in its name. Empty where each has one."""
+    if not (texts := context.arguments.only):
+        return ""
+    names: dict[str, list[str]] = {}
+    for part in context.arguments.part:
+        try:
+            with redirect_stdout(StringIO()):  # what a part says when it runs
+                names[part] = [job.name for job in importlib.import_module(PARTS[part]).jobs(context)]
+        except Exception:
+            return ""  # a part that is broken is reported as such when it is run
+    absent = [text for text in texts if not any(text in name for found in names.values() for name in found)]
+    if not absent:
+        return ""
+    there = "\n".join(f"  {part}: {'; '.join(dict.fromkeys(found))}" for part, found in names.items())
+    return f"--only {absent[0]!r}: no job has that in its name. There are:\n{there}"
 
 
 def _wanted(arguments: argparse.Namespace, name: str) -> bool:

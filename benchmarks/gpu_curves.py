@@ -92,7 +92,7 @@ def _config(context: Context, folder: Path, precision: str, side: Side) -> Path:
     for source, table in tables["sources"].items():
         table["data"] = [str(folder / "data" / source)]
     if context.dry:
-        tables["model"] |= {"hidden_size": 16, "intermediate_size": 32, "seq_length": 16}
+        tables["model"] |= {"hidden_size": 16, "intermediate_size": 32, "seq_length": 8}
         tables["train"] |= {"global_batch_size": 4, "micro_batch_size": 2}
         tables["validation"] = {"fraction": 0}
         for stage in tables["stages"]:
@@ -151,7 +151,7 @@ def _start(config: Path, cpu: bool) -> subprocess.Popen[bytes]:
 
 def _losses(folder: Path, precision: str, side: str) -> list[float]:
     lines = (folder / f"{precision}-{side}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row["loss"] for row in map(json.loads, lines) if "validation" not in row]
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
 def _row(

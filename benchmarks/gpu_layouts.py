@@ -37,20 +37,20 @@ class Fit:
         return f"{self.recomputed} of {layers} layers" if self.recomputed else "none"
 
 
-def state_bytes(shape: ModelShape, gradients: str) -> int:
-    """Of masters, moments, the copy that computes, and gradients: 16 bytes a parameter with narrow gradients, else 20
-    (`megatron/engines/master_weights.py`)."""
-    return shape.parameter_count() * (16 if gradients == "bf16" else 20)
+def state_bytes(shape: ModelShape, gradients: str, split: bool = False) -> int:
+    """Of masters, moments, the copy that computes, and gradients: 16 bytes a parameter with narrow gradients, else 20,
+    and 2 less with masters in halves (`megatron/engines/master_weights.py`)."""
+    return shape.parameter_count() * ((16 if gradients == "bf16" else 20) - 2 * split)
 
 
-def gradients_for(shape: ModelShape, memory: float) -> str:
+def gradients_for(shape: ModelShape, memory: float, split: bool = False) -> str:
     """fp32, or bf16 where memory asks for it."""
-    return "bf16" if state_bytes(shape, "fp32") > 0.8 * memory else "fp32"
+    return "bf16" if state_bytes(shape, "fp32", split) > 0.8 * memory else "fp32"
 
 
-def fits(shape: ModelShape, seq_length: int, memory: float, gradients: str) -> Iterator[Fit]:
+def fits(shape: ModelShape, seq_length: int, memory: float, gradients: str, split: bool = False) -> Iterator[Fit]:
     """What to try, the quickest by estimate first; after one that ran out of memory only smaller ones come."""
-    room = _USED * memory - _FIXED_BYTES - state_bytes(shape, gradients)
+    room = _USED * memory - _FIXED_BYTES - state_bytes(shape, gradients, split)
     found = [fit for fit in _all(shape, seq_length) if fit.bytes <= room]
     found = found or [min(_all(shape, seq_length), key=lambda fit: fit.bytes)]
     yield from sorted(found, key=lambda fit: _cost(fit, shape, seq_length))

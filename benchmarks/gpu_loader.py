@@ -17,7 +17,7 @@ from gpu_corpus import write_random
 from gpu_job import Context
 
 from megatron.config.schema import KernelsSection, RunConfig
-from megatron.engines.kernel_choice import interpreted_obstacle
+from megatron.engines.kernel_obstacles import interpreted_obstacle
 from megatron.trainer.build import build
 from megatron.trainer.hooks import Checkpoint
 from megatron.trainer.loop import train
@@ -94,7 +94,7 @@ def _tables(setting: Setting, steps: int, output: str, prefixes: list[str]) -> d
             "precision": "bf16",
             "gradients": setting.gradients,
         },
-        "optimizer": {"implementation": setting.case.optimizer},
+        "optimizer": setting.case.optimizer_section.model_dump(),
         "parallel": setting.parallel,
         "kernels": {**asked, "compile": "layers" if compiled else "none"},
         "stages": [{"name": "only", "steps": steps, "mixture": {"code": "0.5", "text": "0.5"}, "lr": {"peak": 1e-4}}],

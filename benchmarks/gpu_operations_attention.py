@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.kernels.attention import attention_sdpa, piece_starts, plan_for_sdpa
 from megatron.kernels.attention_blockwise import attention_blockwise, plan_blocks
-from megatron.kernels.attention_choice import HALF, attention_call, attention_obstacle
+from megatron.kernels.attention_choice import attention_call, attention_obstacle
 from megatron.kernels.attention_flex import attention_flex, plan_flex
 from megatron.kernels.attention_unfused import attention_unfused, plan_unfused
 from megatron.kernels.attention_varlen import attention_cudnn, attention_varlen, plan_cudnn, plan_varlen
@@ -37,7 +37,7 @@ def _planned(name: str, kernel: Callable[..., Tensor], plan: Callable[..., Any],
 
     def way(inputs: Inputs) -> Call:
         query, key, value, first = inputs.values()
-        if gpu and (query.device.type != "cuda" or query.dtype not in HALF):
+        if gpu and (query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16)):
             raise NotHere("a kernel for GPUs, of half precision")
         call = attention_call(query.device, query.dtype, query.shape[-1], documents=bool(first.any()))
         if name != "eager" and query.dtype != torch.float64 and (why := attention_obstacle(name, call)):

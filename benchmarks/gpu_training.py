@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,14 +18,15 @@ from gpu_profile import profiled
 from gpu_results import Row
 from torch import Tensor
 
+from megatron.config.kernel_checks import ATTENTION_IN_GRAPHS, compiling_obstacle
 from megatron.config.model_shape import ModelShape
 from megatron.config.schema import KernelsSection, OptimizerSection, ParallelSection, TrainSection
 from megatron.engines.base import Engine, LaunchedStep, MicrobatchLike
 from megatron.engines.build import build_engine, default_kernels
 from megatron.engines.kernel_choice import choose_kernels
 from megatron.engines.model_parts import whole_parameters
+from megatron.engines.torch_engine import TorchEngine
 from megatron.kernels.choice import Kernels
-from megatron.models.compiled_layers import obstacle_to_compiling
 
 TITLE = "training"
 NOTES = (
@@ -43,7 +44,8 @@ UNSAID = ("kernels", "gradients", "parameters", "steps", "ready after s", "out o
 @dataclass(frozen=True)
 class Case:
     """loader: through the trainer with its loader, hooks and metrics, but without checkpoints. optimizer: whose kernel
-    runs AdamW. definitions: by the eager definitions, whatever was chosen."""
+    runs AdamW. split: masters in halves. graphs: CUDA graphs. fused: weight gradients added in their products.
+    definitions: by the eager definitions, whatever was chosen."""
 
     preset: str
     seq_length: int
@@ -51,6 +53,9 @@ class Case:
     loader: bool = False
     fp8: bool = False
     optimizer: str = "torch"
+    split: bool = False
+    graphs: bool = False
+    fused: bool = False
     definitions: bool = False
 
     @property
@@ -59,7 +64,24 @@ class Case:
         words = f"{self.preset}, T {self.seq_length}"
         words += f", {self.documents} documents" if self.documents > 1 else ""
         words += f", {self.optimizer} AdamW" if self.optimizer != "torch" else ""
-        return words + ", loader" * self.loader + ", fp8" * self.fp8 + ", definitions" * self.definitions
+        words += ", split masters" * self.split + ", loader" * self.loader + ", fp8" * self.fp8
+        words += ", CUDA graphs" * self.graphs + ", fused weight gradients" * self.fused
+        return words + ", definitions" * self.definitions
+
+    @property
+    def optimizer_section(self) -> OptimizerSection:
+        """[optimizer]."""
+        masters = "split" if self.split else "whole"
+        return OptimizerSection.model_validate({"implementation": self.optimizer, "master_weights": masters})
+
+    def kernels(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """The kernels that were chosen, but for what the case is about and what does not go with it."""
+        kernels = chosen | {"fp8": self.fp8, "cuda_graphs": self.graphs}
+        if self.graphs and kernels["attention"] not in ATTENTION_IN_GRAPHS:
+            kernels["attention"] = ATTENTION_IN_GRAPHS[0]
+        if self.fused:
+            kernels["weight_gradients"] = "fused"
+        return kernels
 
 
 CASES = (
@@ -69,6 +91,10 @@ CASES = (
     Case("llama-3b", 2048),
     Case("llama-1b", 2048, loader=True),
     Case("llama-1b", 2048, optimizer="triton"),
+    Case("llama-8b", 8192, optimizer="triton", split=True),
+    Case("llama-600m", 2048),
+    Case("llama-600m", 2048, graphs=True),
+    Case("llama-1b", 2048, fused=True),
     Case("llama-8b", 2048),
     Case("llama-1b", 1024),
     Case("llama-1b", 2048, documents=4),
@@ -78,7 +104,6 @@ CASES = (
     Case("llama-8b", 8192, fp8=True),
     Case("llama-1b", 2048, definitions=True),
     Case("llama-3b", 8192),
-    Case("llama-600m", 2048),
     Case("llama-600m", 8192),
     Case("llama-8b", 8192, documents=8),
 )
@@ -86,9 +111,9 @@ CASES = (
 
 _DRY = (
     Case("llama-1b", 2048),
-    Case("llama-8b", 8192, optimizer="triton"),
-    Case("llama-1b", 2048, documents=4),
-    Case("llama-1b", 2048, loader=True),
+    Case("llama-8b", 8192, optimizer="triton", split=True),
+    Case("llama-1b", 2048, documents=4, graphs=True),
+    Case("llama-1b", 2048, loader=True, fused=True),
 )
 _STEP_SECONDS = 2.0
 _TIMED_SECONDS = 10.0
@@ -142,19 +167,19 @@ def jobs(context: Context) -> Iterator[Job]:
 def run_case(context: Context, case: Case) -> Sequence[Row]:
     """A row: the first fit that does not run out of memory."""
     free_memory(context.device)
-    length = max(8, case.seq_length // 256) if context.dry else case.seq_length
+    length = max(4, case.seq_length // 1024) if context.dry else case.seq_length
     shape = shape_of(case.preset, length, context.dry)
     memory = 1e12 if context.dry else float(torch.cuda.get_device_properties(context.device).total_memory)
-    gradients = "bf16" if context.dry and case.preset == "llama-8b" else gradients_for(shape, memory)
+    gradients = "bf16" if context.dry and case.preset == "llama-8b" else gradients_for(shape, memory, case.split)
     kernels = dict(vars(default_kernels(context.device))) if case.definitions else _kernels(context)
     tried: list[Fit] = []
-    for fit in fits(shape, length, memory, gradients):
+    for fit in fits(shape, length, memory, gradients, case.split):
         if tried and fit.bytes > 0.9 * tried[-1].bytes:
             continue
         if context.dry:
             fit = Fit(2, 1 if gradients == "bf16" else 0, 0.0)
         micro_batches = 2 if context.dry else _micro_batches(shape, length, fit)
-        setting = Setting(case, shape, length, fit, gradients, micro_batches, kernels | {"fp8": case.fp8})
+        setting = Setting(case, shape, length, fit, gradients, micro_batches, case.kernels(kernels))
         try:
             return [_row(context, setting, _measured(context, setting), tried)]
         except torch.OutOfMemoryError:
@@ -178,7 +203,7 @@ def _micro_batches(shape: ModelShape, seq_length: int, fit: Fit) -> int:
 
 
 def build(context: Context, setting: Setting) -> Engine:
-    """The engine, with random weights drawn on the device."""
+    """The engine, with random weights drawn on the device. A dry run's records no graph: there is none on CPUs."""
     rows = setting.fit.micro_batch
     train = TrainSection(
         global_batch_size=rows * setting.micro_batches,
@@ -186,9 +211,9 @@ def build(context: Context, setting: Setting) -> Engine:
         precision="bf16",
         gradients=setting.gradients,  # type: ignore[arg-type]
     )
-    return build_engine(
+    engine = build_engine(
         setting.shape,
-        OptimizerSection(implementation=setting.case.optimizer),  # type: ignore[arg-type]
+        setting.case.optimizer_section,
         ParallelSection(**setting.parallel),
         train,
         context.seed,
@@ -196,6 +221,16 @@ def build(context: Context, setting: Setting) -> Engine:
         weights=DrawnWeights(setting.shape, context),
         kernels=Kernels(**setting.kernels),
     )
+    if setting.case.graphs and context.dry:
+        assert isinstance(engine, TorchEngine)
+        engine.use_graphs(_not_recorded)
+    return engine
+
+
+def _not_recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """In the place of `cuda_capture`: what is replayed is the first microbatch's result."""
+    losses = call()
+    return lambda: None, losses
 
 
 def _train(context: Context, setting: Setting) -> dict[str, Any]:
@@ -300,7 +335,7 @@ def _row(context: Context, setting: Setting, found: dict[str, Any], tried: Seque
     of_peak = utilisation(shape, setting.seq_length, pace, PEAK_BF16)
     of_gemm = utilisation(shape, setting.seq_length, pace, ceilings_of(context).gemm)
     return {
-        "model": case.preset + ", fp8" * case.fp8,
+        "model": case.preset + ", fp8" * case.fp8 + ", CUDA graphs" * case.graphs + ", fused gradients" * case.fused,
         "from": "the loader" if case.loader else "random tokens",
         "T": setting.seq_length,
         "documents": case.documents,
@@ -312,7 +347,7 @@ def _row(context: Context, setting: Setting, found: dict[str, Any], tried: Seque
         "tokens a step": setting.tokens,
         "recomputed": setting.fit.words(shape.num_hidden_layers),
         "gradients": setting.gradients,
-        "AdamW": case.optimizer,
+        "AdamW": case.optimizer + ", split masters" * case.split,
         "parameters": shape.parameter_count(),
         "step s": found["seconds"],
         "steps": found["steps"],
@@ -334,7 +369,7 @@ def _choice_row(context: Context, preset: str) -> Row:
         shape,
         torch.bfloat16,
         (2 if context.dry else 4, length),
-        may_compile=obstacle_to_compiling(False, "none", "attention"),
+        no_compiling=compiling_obstacle(ParallelSection(), shape),
         device=context.device,
         measure=_pretended if context.dry else None,
     )

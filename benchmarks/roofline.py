@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,13 +99,18 @@ def table(shape: ModelShape, tokens: int, length: int) -> list[str]:
     return [*lines, "", f"The floor: {words}, MFU {causal:.1%} causal, {whole:.1%} full."]
 
 
-def main() -> int:
-    """Prints a table for each preset."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table for each preset; exits with 2 for sizes that are none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=list(PRESETS), choices=sorted(ALL_PRESETS))
-    parser.add_argument("--seq-length", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=16384, help="of a microbatch")
-    arguments = parser.parse_args()
+    parser.add_argument("--seq-length", type=int, default=2048, metavar="T")
+    parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="of a microbatch: rows of T")
+    arguments = parser.parse_args(argv)
+    for name, value in (("--seq-length", arguments.seq_length), ("--tokens", arguments.tokens)):
+        if value < 1:
+            parser.error(f"{name} {value}: at least 1 is needed")
+    if arguments.tokens % arguments.seq_length:
+        parser.error(f"--tokens {arguments.tokens}: not whole rows of --seq-length {arguments.seq_length}")
     for preset in arguments.preset:
         section = ModelSection(preset=preset, seq_length=arguments.seq_length)
         shape = resolve_model(section, VOCABULARY)

@@ -2,7 +2,7 @@
 
     python tests/sanitized_extension.py [pytest arguments]
 
-Builds csrc/*.cpp into a temporary folder, then runs pytest in a process that loads that build in place of the
+Builds csrc/module.cpp into a temporary folder, then runs pytest in a process that loads that build in place of the
 installed one (this file is also the pytest plugin that does so). A read outside an array, an overflow or a misaligned
 access ends the process with the sanitizer's report. Needs g++ with libasan and libubsan; says so, and exits with 77,
 where they are missing.
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -42,15 +41,9 @@ def build(folder: Path) -> Path:
     includes = ["-Icsrc", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-O0", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden", *SANITIZE]
 
-    def compiled(source: Path) -> str:
-        result = str(folder / f"{source.stem}.o")
-        subprocess.run(["g++", *flags, *includes, "-c", str(source), "-o", result], check=True, cwd=ROOT, timeout=600)
-        return result
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sorted((ROOT / "csrc").glob("*.cpp"))))
     library = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", "-pthread", *SANITIZE, *objects, "-o", str(library)], check=True, timeout=600)
+    command = ["g++", *flags, *includes, "-shared", "csrc/module.cpp", "-o", str(library)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=600)
     return library
 
 

@@ -8,20 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from architecture import BRINGS_TORCH, ROW, RULES, Tree, complaints, torch_free_sources
+from architecture import BRINGS_TORCH, ROW, RULES, Tree, complaints, pickles, torch_free_sources
 
 Plant = Callable[[dict[str, str]], list[str]]
 
 
+@pytest.fixture(scope="module")
+def house(repository: Path) -> Tree:
+    """The real tree, each of its files parsed once."""
+    return Tree(repository)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_house_keeps(rule: Callable[[Tree], object], repository: Path) -> None:
-    broken = list(rule(Tree(repository)))  # type: ignore[call-overload]
+def test_the_house_keeps(rule: Callable[[Tree], object], house: Tree) -> None:
+    broken = list(rule(house))  # type: ignore[call-overload]
     assert not broken, "\n".join(broken)
 
 
-def test_torch_free_modules_import_without_torch(repository: Path) -> None:
+def test_torch_free_modules_import_without_torch(house: Tree, repository: Path) -> None:
     """The static check once more by the interpreter itself: one process imports every torch-free module."""
-    modules = [source.module for source in torch_free_sources(Tree(repository))]
+    modules = [source.module for source in torch_free_sources(house)]
     assert "megatron.commands.cli" in modules
     program = (
         "import importlib, sys\n"
@@ -131,5 +137,5 @@ def test_limits_are_met_exactly(plant: Plant) -> None:
     assert plant(files) == []
 
 
-def test_C2_no_pickle_is_read_by_any_module(repository: Path) -> None:
-    assert not [complaint for complaint in complaints(repository) if "law C2" in complaint]
+def test_C2_no_pickle_is_read_by_any_module(house: Tree) -> None:
+    assert not list(pickles(house))

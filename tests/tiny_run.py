@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ranks  # noqa: F401 (its import tells the fork server what to load)
 
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.tokenizers.byte_level import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+_forked = multiprocessing.get_context("forkserver")
 STEPS = 24
 
 CONFIG = """
@@ -110,11 +112,6 @@ def make_run(folder: Path, name: str = "run", text: str = CONFIG) -> Path:
     return path
 
 
-def train_command(config: Path, *words: str) -> list[str]:
-    """The command line that trains it."""
-    return [sys.executable, str(ROOT / "tools" / "train.py"), str(config), *words]
-
-
 @dataclass(frozen=True)
 class Done:
     """How a command ended."""
@@ -134,23 +131,57 @@ def train(config: Path, *words: str) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def start(config: Path, *words: str) -> subprocess.Popen[str]:
-    """Starts training in a process of its own; end it with `stop`."""
-    log = open(config.with_suffix(".log"), "a")  # noqa: SIM115 (the process owns it)
-    return subprocess.Popen(train_command(config, *words), stdout=log, stderr=log, text=True)
+class Started:
+    """Training in a process of its own."""
+
+    def __init__(self, config: Path, words: tuple[str, ...]) -> None:
+        self._process = _forked.Process(
+            target=_train_in_a_process, args=([str(config), *words], config.with_suffix(".log")), daemon=True
+        )
+        self._process.start()
+
+    def send_signal(self, number: int) -> None:
+        """To the process."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code; of one that a signal ended the signal's number, negative; None where it still runs."""
+        self._process.join(seconds)
+        return self._process.exitcode
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def start(config: Path, *words: str) -> Started:
+    """Starts training in a process of its own, forked from the server of `ranks`, which has torch loaded; end it with
+    `stop`."""
+    return Started(config, words)
+
+
+def _train_in_a_process(argv: list[str], log: Path) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    from megatron.commands.frame import run_command
+    from megatron.commands.train import main
+
+    code = run_command(main, argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def stop(process: Started) -> None:
     """Ends a process for certain."""
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
+    if process.wait(0) is None:
+        process.send_signal(signal.SIGKILL)
     process.wait(30)
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
     """Training rows of metrics.jsonl, in the order of the file."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "validation" not in row]
+    return [row for row in rows if "loss" in row]
 
 
 def validation_of(output: Path) -> list[tuple[int, dict[str, float]]]:

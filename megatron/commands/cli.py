@@ -17,8 +17,14 @@ COMMANDS = {
     "inspect_data": "list the very samples that a run consumes: source, epoch, documents, text",
     "train": "train, or resume, the run of a config",
     "ledger": "show what a checkpoint has been trained on, or compare two",
+    "import_hf": "turn a Hugging Face folder into a checkpoint to train on from",
+    "import_megatron": "turn a checkpoint of Megatron-LM or GPT-NeoX into one of ours",
+    "export_megatron": "write a checkpoint as Megatron-LM's classic files, at any tensor and pipeline sizes",
     "export_hf": "turn a checkpoint into a Hugging Face folder and prove that it equals our model",
-    "evaluate": "evaluate an exported folder through lm-evaluation-harness",
+    "evaluate": "evaluate models on held-out text, suites of tasks, or tasks of lm-evaluation-harness",
+    "generate": "show what a model goes on to say: continuations of prompts",
+    "compare": "compare evaluated models item by item: differences, intervals, p-values",
+    "win_rate": "ask a judge which of two models answers better, in both orders",
     "report": "write report.html, one self-contained file about a run",
 }
 

@@ -10,16 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.config.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_USAGE, IO_REMEDIES, StagemixError
+from megatron.config.errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_USAGE,
+    IO_REMEDIES,
+    StagemixError,
+)
 from megatron.launch.torchrun import tell_torchrun
 
 if TYPE_CHECKING:
     from megatron.config.schema import RunConfig
 
 Main = Callable[[list[str] | None], int]
-
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
 
 
 def run_command(main_function: Main, argv: list[str] | None = None) -> int:

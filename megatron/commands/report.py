@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.config.model_shape import ModelShape
 from megatron.config.quantities import format_count
 from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger, ledger_rows
+from megatron.evaluation.requests import EvaluationBox
 from megatron.metrics.report import render_report
 from megatron.metrics.report_data import ReportData, layout_words, over_steps, read_metrics
 from megatron.planner.ledger_files import checkpoint_folders, read_ledger
@@ -28,6 +30,8 @@ RUN is the folder that run.output names: its metrics.jsonl, config.toml and newe
 nothing else: no network, no script; it follows the reader's light or dark setting and prints well.
 
 exit codes: 0 done, 3 no metrics or a damaged file, 74 disk"""
+_RECORDED = ("device", "precision", "attention", "kernels", "optimizer", "torch")
+"""Labels of what each start records of itself, besides the layout's."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +92,7 @@ def gather(run: Path, evaluations: list[Path]) -> ReportData:
         ledger=ledger_rows(ledger) if ledger else [],
         groups=groups,
         evaluations=[_evaluation(path) for path in evaluations],
+        in_loop=_in_loop(run, notes),
         facts=_facts(config, state, ledger, steps),
         config=config_file.read_text(encoding="utf-8") if config else "",
         parameters=ModelShape.from_json(state["model"]).parameter_count() if "model" in state else None,
@@ -134,6 +139,14 @@ def _planned(
     ], groups
 
 
+def _in_loop(run: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Results of evaluations while the run trained, by step; what failed is named in the notes."""
+    box = EvaluationBox(run)
+    for step, failure in box.failures().items():
+        notes.append(f"Step {step} could not be evaluated (exit code {failure.get('code')}): {failure.get('reason')}")
+    return list(box.results(notes.append).values())
+
+
 def _evaluation(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -145,6 +158,10 @@ def _evaluation(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a result of stagemix evaluate: {error!r}") from None
     return record
+
+
+def _recorded(label: str, start: Mapping[str, str]) -> str:
+    return start.get(label, "")
 
 
 def _facts(
@@ -164,15 +181,18 @@ def _facts(
         facts["layout"] = layout
     elif config is not None:
         facts["engine"] = config.parallel.engine
-    if device := over_steps(steps, lambda start: start.get("device", "")):
-        facts["device"] = device
+    facts |= {label: words for label in _RECORDED if (words := over_steps(steps, partial(_recorded, label)))}
     if config is not None:
         batch = config.train
         facts["batch"] = f"{batch.global_batch_size} sequences of {config.model.seq_length} tokens a step"
-        facts["optimizer"] = config.optimizer.name
+        facts.setdefault("optimizer", config.optimizer.name)
         facts["seed"] = str(config.run.seed)
-    if precision := state.get("precision"):
-        facts["precision"] = f"{precision.get('name')}: {precision.get('reason')}" if precision else ""
+    for label in ("precision", "kernels"):
+        choice = state.get(label) or {}
+        if "name" in choice:
+            facts.setdefault(label, str(choice["name"]))
+        if reason := choice.get("reason"):
+            facts[f"why this choice of {label}"] = str(reason)
     if tokenizer := state.get("tokenizer"):
         facts["tokenizer"] = f"{tokenizer.get('name', '')} {str(tokenizer.get('fingerprint', ''))[:16]}".strip()
     if ledger is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich import box
 from rich.console import Console
@@ -14,12 +17,19 @@ _WORDS = ("stage", "source", "when dry", "of", "passes", "file", "begins", "held
 _WIDE_ENOUGH = 130
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """A reader that has gone away (`| head`) is the frame's to name: rich would end the process with 1."""
+        self.quiet = True
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def console_for_tables(width: int | None = None) -> Console:
     """A console that keeps a table's lines whole where the output is a file or a pipe, and that never fails over a
     letter that the output's encoding does not have. width: in columns, where the user said one."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower().replace("-", "") != "utf8":
         sys.stdout.reconfigure(errors="replace")
-    return Console(highlight=False, markup=False, width=width or (None if sys.stdout.isatty() else _WIDE_ENOUGH))
+    return _Console(highlight=False, markup=False, width=width or (None if sys.stdout.isatty() else _WIDE_ENOUGH))
 
 
 def new_table(title: str, *columns: str) -> Table:

@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import UnavailableError
+from megatron.config.kernel_checks import splits_backward
 from megatron.config.layout import resolve_layout
 from megatron.config.model_shape import ModelShape
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
@@ -23,9 +24,8 @@ from megatron.kernels.choice import Kernels
 from megatron.models.compiled_layers import compile_layers
 from megatron.models.decoder import Decoder
 from megatron.models.recompute import apply_recompute
-from megatron.optim.build import describe_optimizer
+from megatron.optim.build import describe_optimizer, keeps_high_halves
 from megatron.parallel.mesh import Mesh, one_process_mesh
-from megatron.parallel.pipeline import SPLIT_BACKWARD
 
 OBJECTIVES = ("z_loss", "label_smoothing")
 """Keys of [train] that say what is minimised beside cross-entropy."""
@@ -98,7 +98,9 @@ def _torch_engine(
     weights: Weights
     if mesh.world_size == 1:
         (model,) = parts.modules
-        weights = MasterWeights(model.to_empty(device=mesh.device), dtype, narrow_gradients)
+        split = optimizer.master_weights == "split"
+        model = (model.to(dtype) if split else model).to_empty(device=mesh.device)
+        weights = MasterWeights(model, dtype, narrow_gradients, split, keeps_high_halves(optimizer))
         _prepare(weights.modules[0], recompute)  # bf16 runs in a copy of the masters' model
     else:
         for module in parts.modules:
@@ -114,7 +116,7 @@ def _torch_engine(
 def _refuse_what_this_torch_cannot(section: ParallelSection) -> None:
     """torch 2.11's split backward passes fail at autograd Functions written in Python; 2.13's do not."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if section.pipeline > 1 and section.schedule in SPLIT_BACKWARD and version < (2, 13):
+    if splits_backward(section) and version < (2, 13):
         raise UnavailableError(
             f"parallel.schedule = {section.schedule} needs torch 2.13 or newer, and this is {torch.__version__}: "
             "install it, or set parallel.schedule to 1f1b or interleaved"

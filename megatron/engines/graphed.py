@@ -22,9 +22,6 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 Run = Callable[[Rows, float], tuple[Tensor, Tensor]]
 """(rows, scale) -> (scale x the sum of losses [1], each row's sum of losses [n])."""
 
-WITHOUT_CHOICES = ("sdpa", "flex")
-"""Attentions whose launches do not depend on how many documents there are."""
-
 
 def cuda_capture(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Records a call after three that make what is made once (torch's notes on CUDA graphs, whole-network capture)."""

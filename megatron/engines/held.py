@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.checkpoint.tensor_shards import TensorShard, TensorSource
 from megatron.config.errors import CheckpointError
+from megatron.kernels.adamw import join_master, split_master
 from megatron.parallel.axis import Axis
 from megatron.parallel.mesh import Mesh, sum_over, sum_over_ends
 
@@ -33,7 +34,8 @@ class Held:
     name: global. local: the master values held here, a live tensor, perhaps empty. shape, offset: of the whole, and
     where the local box begins. owned: of all ranks that hold the same box, this one counts it in the norm and writes
     it. partial: the gradient is a part of a sum over the tensor ranks. copy: a tied head's own embedding.
-    gradient: gives the local gradient, None before the first backward pass.
+    gradient: gives the local gradient, None before the first backward pass. low: where `local` is the bfloat16 high
+    half of a float32 master, its int16 low half (`kernels/adamw.py`).
     """
 
     name: str
@@ -44,6 +46,26 @@ class Held:
     partial: bool
     copy: bool
     gradient: Callable[[], Tensor | None]
+    low: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the master values."""
+        return self.local.dtype if self.low is None else torch.float32
+
+    def master(self) -> Tensor:
+        """The master values held here: the live tensor, or a new one, joined of both halves."""
+        return self.local if self.low is None else join_master(self.local, self.low)
+
+    @torch.no_grad()
+    def take(self, values: Tensor) -> None:
+        """Sets the master values held here."""
+        if self.low is None:
+            self.local.copy_(values)
+            return
+        high, low = split_master(values.float())
+        self.local.copy_(high)
+        self.low.copy_(low)
 
     @property
     def key(self) -> str:
@@ -67,14 +89,31 @@ def fill(held: Iterable[Held], source: TensorSource) -> None:
     held = list(held)
     for item in held:
         dtype = source.dtype(item.name)
-        if source.shape(item.name) != item.shape or torch.promote_types(dtype, item.local.dtype) != item.local.dtype:
+        if source.shape(item.name) != item.shape or torch.promote_types(dtype, item.dtype) != item.dtype:
             raise CheckpointError(
                 f"weight {item.name} is {dtype} {list(source.shape(item.name))}, "
-                f"the model needs {item.local.dtype} {list(item.shape)}"
+                f"the model needs {item.dtype} {list(item.shape)}"
             )
-    with torch.no_grad():
-        for item in held:
-            item.local.copy_(source.read(item.name, item.offset, tuple(item.local.shape)))
+    for item in held:
+        item.take(source.read(item.name, item.offset, tuple(item.local.shape)))
+
+
+class MasterShards(Mapping[str, Sequence[TensorShard]]):
+    """What a rank writes of its masters, by name; of those that are kept in halves each is joined when it is asked for,
+    and not kept, so that a checkpoint needs no second set of them."""
+
+    def __init__(self, held: Iterable[Held]) -> None:
+        self._held = {item.name: item for item in held}
+
+    def __getitem__(self, name: str) -> list[TensorShard]:
+        item = self._held[name]
+        return [item.shard(item.master())]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 def check_names(wanted: Iterable[str], source: TensorSource) -> None:

@@ -7,7 +7,6 @@ neighbours cannot be timed alone. On CPUs the definitions run, as benchmarks/ste
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,23 +15,23 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from megatron.config.errors import ConfigError, UnavailableError
+from megatron.config.errors import UnavailableError
+from megatron.config.kernel_checks import ATTENTION_IN_GRAPHS
 from megatron.config.model_shape import ModelShape
 from megatron.config.schema import KernelsSection
 from megatron.engines.base import KernelChoice
-from megatron.engines.graphed import WITHOUT_CHOICES
+from megatron.engines.kernel_obstacles import OPERATIONS, backend_obstacle, obstacles
 from megatron.kernels.attention import AttentionBackend
-from megatron.kernels.attention_choice import AttentionCall, attention_call, attention_candidates, attention_obstacle
+from megatron.kernels.attention_choice import AttentionCall, attention_call, attention_candidates
 from megatron.kernels.choice import Backend, Kernels
 from megatron.kernels.document_lengths import document_bounds
-from megatron.kernels.matrix_product import Library, onednn_obstacle, quicker_library
+from megatron.kernels.matrix_product import Library, quicker_library
 from megatron.models.compiled_layers import compile_layers
 from megatron.models.decoder import Decoder
 from megatron.models.joined import join
 from megatron.parallel.mesh import launched, local_device
 from megatron.parallel.random import keyed_generator
 
-OPERATIONS = ("norm", "rope", "activation", "cross_entropy")
 _PROBE_LAYERS = 2
 _PROBE_ROUNDS = 7
 _PROBE_TOKENS = 4096
@@ -42,41 +41,28 @@ _WORTH_IT = 0.98
 Asked = Mapping[str, Any]
 
 
-def obstacle_of(backend: str, device: torch.device) -> str | None:
-    """Why a backend ("eager", "compile", "triton") cannot run on a device; None where it can."""
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the triton package is not installed (pip install triton; PyTorch's CUDA builds bring it)"
-        from megatron.kernels import launch_triton
-
-        if device.type != "cuda" and not launch_triton.INTERPRETED:
-            return (
-                f"Triton kernels run on GPUs and the model is on {device.type} (TRITON_INTERPRET=1 tests them, slowly)"
-            )
-    return None
-
-
 def choose_kernels(
     section: KernelsSection,
     shape: ModelShape,
     dtype: torch.dtype,
     rows: tuple[int, int],
-    may_compile: str | None = None,
+    no_compiling: str | None = None,
     gathered: bool = False,
     device: torch.device | None = None,
     measure: Callable[[Kernels], float] | None = None,
 ) -> KernelChoice:
     """The kernels of a run, with the reason in words and figures.
 
-    dtype: what the model computes in. rows: (micro-batch, sequence length) that are timed. may_compile: why layers
-    cannot be compiled in this layout; None where they can. gathered: whether context ranks gather keys. measure:
-    seconds of a step of a probe with given kernels; default the clock of the device. Raises UnavailableError for what
-    is asked for and cannot run.
+    dtype: what the model computes in. rows: (micro-batch, sequence length) that are timed. no_compiling: why the
+    config allows no compiled layers; None where it does. gathered: whether context ranks gather keys. measure: seconds
+    of a step of a probe with given kernels; default the clock of the device. What the config forbids is refused before
+    (`config/kernel_checks.py`). Raises UnavailableError for what is asked for and cannot run.
     """
     device = device or local_device(launched().local_rank)
     asked = section.model_dump()
-    call = attention_call(device, dtype, shape.head_dim, documents=shape.document_mask, gathered=gathered)
-    _refuse(asked, call, may_compile)
+    what = {"documents": shape.document_mask, "gathered": gathered, "windowed": shape.window_bites()}
+    call = attention_call(device, dtype, shape.head_dim, **what)
+    _refuse(asked, call)
     if device.type != "cuda" and measure is None:
         product, figures = product_for(section, shape, dtype, rows)
         kernels = _fixed(asked, Kernels(product=product))
@@ -88,52 +74,15 @@ def choose_kernels(
         return KernelChoice(dataclasses.asdict(kernels), _said(asked, words), figures)
     start = dataclasses.replace(
         _fixed(asked, Kernels(attention=_first_attention(device))),
-        compile_layers=asked["compile"] == "layers" or (asked["compile"] == "auto" and may_compile is None),
+        compile_layers=asked["compile"] == "layers" or (asked["compile"] == "auto" and no_compiling is None),
     )
     measure = measure or _Probe(shape, dtype, rows, device).seconds
     return _descend(start, list(_changes(asked, start, call)), measure, asked)
 
 
-def _refuse(asked: Asked, call: AttentionCall, may_compile: str | None) -> None:
-    device = call.device
-    for operation in OPERATIONS:
-        if asked[operation] != "auto" and (why := obstacle_of(asked[operation], device)):
-            raise UnavailableError(
-                f"kernels.{operation} = {asked[operation]} cannot run here: {why}; set kernels.{operation} to auto"
-            )
-    if asked["product"] == "onednn" and (why := onednn_obstacle()):
-        raise UnavailableError(f"kernels.product = onednn cannot run here: {why}; set kernels.product to torch")
-    if asked["compile"] == "layers" and may_compile is not None:
-        raise ConfigError(f"kernels.compile = layers is not possible: {may_compile}; set kernels.compile to auto")
-    if asked["compile"] == "layers" and (why := interpreted_obstacle(asked)):
-        raise UnavailableError(f"kernels.compile = layers cannot run here: {why}; set kernels.compile to none")
-    attention = asked["attention"]
-    if attention != "auto" and (why := attention_obstacle(attention, call)):
-        raise UnavailableError(f"kernels.attention = {attention} cannot run here: {why}; set kernels.attention to auto")
-    for key in ("cuda_graphs", "fp8"):
-        if asked[key] and (why := gpu_obstacle(key, device)):
-            raise UnavailableError(f"kernels.{key} = true {why}: leave it out")
-
-
-def gpu_obstacle(key: str, device: torch.device) -> str | None:
-    """Why "cuda_graphs" or "fp8" cannot run on a device; None where it can."""
-    if key == "cuda_graphs":
-        return None if device.type == "cuda" else f"needs a GPU, and the model is on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        return None
-    return f"needs a GPU with 8-bit products (compute capability 8.9 or newer), and the model is on {device}"
-
-
-def interpreted_obstacle(names: Mapping[str, Any]) -> str | None:
-    """Why layers with these kernels cannot be compiled on this process; None where they can."""
-    inside = [operation for operation in ("norm", "rope", "activation") if names[operation] == "triton"]
-    if not inside:
-        return None
-    from megatron.kernels import launch_triton
-
-    if launch_triton.INTERPRETED:
-        return f"Triton is interpreted (TRITON_INTERPRET=1), which a compiled layer cannot do with {', '.join(inside)}"
-    return None
+def _refuse(asked: Asked, call: AttentionCall) -> None:
+    for found in obstacles(asked, call):
+        raise UnavailableError(f"{found}; set kernels.{found.key} to {found.instead}")
 
 
 def product_for(
@@ -150,7 +99,8 @@ def product_for(
 def _fixed(asked: Asked, others: Kernels) -> Kernels:
     """The kernels with everything that is asked for by name."""
     named = {key: asked[key] for key in (*OPERATIONS, "attention") if asked[key] != "auto"}
-    return dataclasses.replace(others, fp8=asked["fp8"], cuda_graphs=asked["cuda_graphs"], **named)
+    flags = {key: asked[key] for key in ("fp8", "cuda_graphs", "weight_gradients")}
+    return dataclasses.replace(others, **flags, **named)
 
 
 def _first_attention(device: torch.device) -> AttentionBackend:
@@ -159,7 +109,7 @@ def _first_attention(device: torch.device) -> AttentionBackend:
 
 def _changes(asked: Asked, start: Kernels, call: AttentionCall) -> Iterator[tuple[str, Any]]:
     """What is tried besides the start, one field after the other."""
-    backends: list[Backend] = [name for name in get_args(Backend) if obstacle_of(name, call.device) is None]
+    backends: list[Backend] = [name for name in get_args(Backend) if backend_obstacle(name, call.device) is None]
     for operation in OPERATIONS:
         if asked[operation] == "auto":
             for backend in backends:
@@ -167,7 +117,7 @@ def _changes(asked: Asked, start: Kernels, call: AttentionCall) -> Iterator[tupl
                     yield operation, backend
     if asked["attention"] == "auto":
         for attention in attention_candidates(call):
-            if attention != start.attention and (not asked["cuda_graphs"] or attention in WITHOUT_CHOICES):
+            if attention != start.attention and (not asked["cuda_graphs"] or attention in ATTENTION_IN_GRAPHS):
                 yield "attention", attention
     if asked["compile"] == "auto" and start.compile_layers:
         yield "compile_layers", False
@@ -210,6 +160,7 @@ def _failure(what: str, error: Exception) -> str:
 def _said(asked: Asked, why: str) -> str:
     named = [key for key in (*OPERATIONS, "attention", "product", "compile") if asked[key] != "auto"]
     named += [key for key in ("cuda_graphs", "fp8") if asked[key]]
+    named += ["weight_gradients"] * (asked["weight_gradients"] != "separate")
     return f"{', '.join(named)} as asked for; {why}" if named else why
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from megatron.config.kernel_checks import splits_backward
 from megatron.config.model_shape import ModelShape
 from megatron.config.partition import partition_layers, stage_count, stage_numbers
 from megatron.config.schema import ParallelSection
@@ -17,7 +18,7 @@ from megatron.models.decoder import Decoder
 from megatron.models.initialise import initial_value
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.model_place import ModelPlace
-from megatron.parallel.pipeline import SPLIT_BACKWARD, Pipeline, StageShape
+from megatron.parallel.pipeline import Pipeline, StageShape
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def build_parts(
                 layers=layers[number],
                 first=number == 0,
                 last=number == count - 1,
-                split_backward=section.pipeline > 1 and section.schedule in SPLIT_BACKWARD,
+                split_backward=splits_backward(section),
             )
             modules.append(Decoder(shape, kernels, place, seed).to(dtype))
             modules[-1].objective = dict(objective)

@@ -83,10 +83,14 @@ class ShardedWeights:
         """None: FSDP2 casts what it gathers."""
         return {}
 
-    def refresh(self) -> None:
+    def refresh(self, written: bool = False) -> None:
         """Drops gathered copies, so that the next forward pass gathers the masters as they are now."""
         for part in self._wrapped:
             part.reshard()
+
+    def looked(self) -> None:
+        """Drops gathered copies, which an evaluation leaves behind."""
+        self.refresh()
 
     def drop_gradients(self) -> None:
         """Forgets all gradients."""

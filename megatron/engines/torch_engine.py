@@ -13,7 +13,15 @@ from megatron.config.errors import CheckpointError
 from megatron.config.schema import OptimizerSection
 from megatron.engines.base import LaunchedStep, MicrobatchLike, StepResult
 from megatron.engines.graphed import Capture, GraphedMicrobatches, cuda_capture
-from megatron.engines.held import Held, check_names, fill, finish_gradients, of_all_tensors, squared_norm
+from megatron.engines.held import (
+    Held,
+    MasterShards,
+    check_names,
+    fill,
+    finish_gradients,
+    of_all_tensors,
+    squared_norm,
+)
 from megatron.engines.master_weights import MasterWeights
 from megatron.engines.mesh_engine import MeshEngine, not_finite
 from megatron.engines.row_losses import RowLosses, valid_targets
@@ -46,8 +54,11 @@ class Weights(Protocol):
     def copies(self) -> dict[str, Tensor]:
         """By key: narrow copies of the masters that compute."""
 
-    def refresh(self) -> None:
-        """After the masters have changed, or weights were only looked at."""
+    def refresh(self, written: bool = False) -> None:
+        """After the masters have changed. written: the optimizer has written the copies already."""
+
+    def looked(self) -> None:
+        """After weights were only looked at."""
 
     def drop_gradients(self) -> None:
         """Forgets all gradients."""
@@ -116,6 +127,11 @@ class TorchEngine(MeshEngine):
         self._writes_copies = isinstance(self._optimizer, TritonAdamW) and bool(copies := weights.copies())
         if self._writes_copies:
             self._optimizer.write_copies({self._updated[key]: copy for key, copy in copies.items()})
+        lows = {item.local: item.low for item in weights.held if item.low is not None}
+        if lows:
+            if not isinstance(self._optimizer, TritonAdamW):
+                raise ValueError("only TritonAdamW steps masters that are kept in halves")
+            self._optimizer.in_halves(lows)
         self._graphs: GraphedMicrobatches | None = None
         self._squares = squares_of(optimizer) or of_all_tensors
         self._checked = False
@@ -179,11 +195,11 @@ class TorchEngine(MeshEngine):
         return self._weights.modules
 
     def _looked(self) -> None:
-        self._weights.refresh()
+        self._weights.looked()
 
     def model_state(self) -> TensorShards:
         """Master weights by name, the shards that this rank writes."""
-        return {item.name: [item.shard(item.local)] for item in self._weights.held if _to_write(item)}
+        return MasterShards(item for item in self._weights.held if _to_write(item))
 
     def load_model_state(self, source: TensorSource) -> None:
         """Copies weights in; nothing is changed where anything does not fit."""
@@ -253,8 +269,7 @@ class TorchEngine(MeshEngine):
             self._optimizer.step(gradients=given, scale=scale, found_inf=found_inf)
         else:
             self._step_by_torch(gradients, scale, found_inf)
-        if not self._writes_copies:
-            self._weights.refresh()
+        self._weights.refresh(written=self._writes_copies)
 
     def _step_by_torch(self, gradients: Mapping[str, Tensor], scale: Tensor | None, found_inf: Tensor | None) -> None:
         if scale is not None:

@@ -21,11 +21,15 @@ impossible in this form, as 65537 masters would then share an even high half, mo
 ordered by sign and magnitude, so one addition rounds both signs, and carries into the exponent as it should: what is
 nearer to infinity than to bfloat16's largest number has an infinite high half, and still its exact master. Of numbers
 that are none, only that is kept: they become 0x7fc00000, as otherwise the carry would make some of them zeros.
+
+A bfloat16 copy beside a whole float32 master is rounded by the same rule (`rounded_copy`), so that a run computes with
+the same weights, bit for bit, however its masters are kept. From rounding to even it differs where the low half is
+exactly -32768, one master in 65536, and there in every second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +37,8 @@ from torch import Tensor
 
 _NOT_A_NUMBER = 0x7FC00000
 _HALF = 0x8000
+_PIECE = 1 << 24
+"""Elements that are joined, split or rounded at once: integers of 4 bytes beside them, a few times over."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class AdamWTensors:
 
     parameters: float32 or float64 masters; or bfloat16 high halves, each with its int16 low half in `lows`.
     gradients: of the parameters' shapes, of any floating dtype. means, squares: the moments "exp_avg" and "exp_avg_sq",
-    float64 where the parameter is, else float32. copies: narrow tensors that get the new masters, rounded, or None for
-    one that has none. Where copies or lows are empty, no tensor has any.
+    float64 where the parameter is, else float32. copies: narrow tensors that get the new masters, rounded (bfloat16 of
+    float32 as `rounded_copy` does it), or None for one that has none. Where copies or lows are empty, none has any.
     """
 
     parameters: Sequence[Tensor]
@@ -92,16 +98,45 @@ def wide_dtype(parameter: Tensor) -> torch.dtype:
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     """A float32 master as its bfloat16 high and int16 low half, both new, by the formula above."""
-    bits = torch.where(master.isnan(), _NOT_A_NUMBER, master.contiguous().view(torch.int32))
-    high = (bits + _HALF) >> 16
-    low = bits - (high << 16)
-    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+    master = master.contiguous()
+    high, low = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
+    for values, to_high, to_low in _pieces(master, high, low):
+        bits, top = _bits_and_high(values)
+        to_high.view(torch.int16).copy_(top)
+        to_low.copy_(bits - (top << 16))
+    return high, low
 
 
 def join_master(high: Tensor, low: Tensor) -> Tensor:
     """The float32 master of a bfloat16 high and an int16 low half, new."""
-    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
-    return bits.view(torch.float32)
+    high, low = high.contiguous(), low.contiguous()
+    master = torch.empty_like(high, dtype=torch.float32)
+    for to, top, bottom in _pieces(master, high, low):
+        to.view(torch.int32).copy_((top.view(torch.int16).to(torch.int32) << 16) + bottom)
+    return master
+
+
+def rounded_copy(master: Tensor, copy: Tensor) -> None:
+    """Fills copy with master, rounded: bfloat16 of float32 to the nearest, ties away from zero, which is its high half;
+    what else there is as torch does it."""
+    if (master.dtype, copy.dtype) != (torch.float32, torch.bfloat16):
+        copy.copy_(master)
+        return
+    for values, to in _pieces(master, copy):
+        to.view(torch.int16).copy_(_bits_and_high(values)[1])
+
+
+def _bits_and_high(values: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 each: float32 values as integers, and their high halves."""
+    bits = torch.where(values.isnan(), _NOT_A_NUMBER, values.view(torch.int32))
+    return bits, (bits + _HALF) >> 16
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Contiguous tensors of one shape, flat and part by part."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("masters, halves and copies must be contiguous")
+    yield from zip(*(tensor.view(-1).split(_PIECE) for tensor in tensors), strict=True)
 
 
 @torch.no_grad()
@@ -148,5 +183,7 @@ def adamw_step(
             continue
         parameter.copy_(master)
         if copy is not None:
-            copy.copy_(torch.where(go, master.to(copy.dtype), copy))
+            fresh = torch.empty_like(copy)
+            rounded_copy(master, fresh)
+            copy.copy_(torch.where(go, fresh, copy))
     steps.add_(go.to(steps.dtype))

@@ -101,7 +101,8 @@ def _step_block(
     HAS_COPY: tl.constexpr, BETA1: tl.constexpr, REST1: tl.constexpr, BETA2: tl.constexpr, REST2: tl.constexpr,
     EPS: tl.constexpr,
 ):  # fmt: skip
-    """Loads one block, steps and stores; extras: where low halves lie, or copies."""
+    """Loads one block, steps and stores; extras: where low halves lie, or copies: as int16 bfloat16 ones, which are the
+    masters' high halves."""
     mean = tl.load(means + offsets, mask=mask)
     square = tl.load(squares + offsets, mask=mask)
     gradient = tl.load(gradients + offsets, mask=mask).to(mean.dtype) * factor
@@ -120,7 +121,11 @@ def _step_block(
     else:
         tl.store(parameters + offsets, parameter, mask=mask)
         if HAS_COPY:
-            tl.store(extras + offsets, parameter.to(extras.dtype.element_ty), mask=mask)
+            if extras.dtype.element_ty == tl.int16:
+                high, _ = _split(parameter)
+                tl.store(extras + offsets, high, mask=mask)
+            else:
+                tl.store(extras + offsets, parameter.to(extras.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -236,7 +241,8 @@ def _kind(tensors: AdamWTensors, index: int, extra: Tensor | None) -> tuple[Any,
         kinds.append(None)
     else:
         held.append(extra)
-        kinds.append(tl.int16 if split else _TYPES[extra.dtype])
+        as_halves = split or (parameter.dtype, extra.dtype) == (torch.float32, torch.bfloat16)
+        kinds.append(tl.int16 if as_halves else _TYPES[extra.dtype])
     return (*kinds, split, all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in held))
 
 

@@ -9,16 +9,15 @@ from typing import get_args
 
 import torch
 
+from megatron.config.kernel_checks import attention_limit
 from megatron.kernels.attention import AttentionBackend
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """What decides. torch: (2, 13). capability: of the GPU, (9, 0) for an H100 or H200; None on CPUs. cudnn: 91900 for
     9.19.0; None without it. documents: whether rows may be divided. gathered: whether queries are some positions and
-    keys all (context_method = gather).
+    keys all (context_method = gather). windowed: whether a sliding window hides positions.
     """
 
     device: torch.device
@@ -29,6 +28,7 @@ class AttentionCall:
     cudnn: int | None
     documents: bool = True
     gathered: bool = False
+    windowed: bool = False
 
 
 def attention_call(
@@ -38,11 +38,13 @@ def attention_call(
     torch_version: str = torch.__version__,
     documents: bool = True,
     gathered: bool = False,
+    windowed: bool = False,
 ) -> AttentionCall:
     """Of this machine. torch_version: as torch.__version__ says it."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
-    return AttentionCall(device, dtype, head_dim, version_of(torch_version), capability, cudnn, documents, gathered)
+    version = version_of(torch_version)
+    return AttentionCall(device, dtype, head_dim, version, capability, cudnn, documents, gathered, windowed)
 
 
 def version_of(torch_version: str) -> tuple[int, int]:
@@ -71,26 +73,25 @@ def _blockwise(call: AttentionCall) -> str | None:
     )
 
 
-def _half_precision_gpu(call: AttentionCall, largest: int) -> str | None:
+def _half_precision_gpu(name: AttentionBackend, call: AttentionCall) -> str | None:
     if call.device.type != "cuda" or call.capability is None:
         return f"it is a kernel for GPUs, and the model is on {call.device.type}"
     if call.capability < (8, 0):
         return f"its kernels need compute capability 8.0, and this GPU has {'.'.join(map(str, call.capability))}"
-    if call.dtype not in HALF:
-        return f"its kernels compute in bfloat16 and float16, and attention here in {_name(call.dtype)}"
-    if call.head_dim % 8 or call.head_dim > largest:
-        return f"its kernels have head sizes of a multiple of 8 up to {largest}, and head_dim is {call.head_dim}"
-    return None
+    return _limit(name, call)
+
+
+def _limit(name: AttentionBackend, call: AttentionCall) -> str | None:
+    dtype = str(call.dtype).removeprefix("torch.")
+    return attention_limit(name, dtype, call.head_dim, call.gathered, call.windowed)
 
 
 def _varlen(call: AttentionCall) -> str | None:
-    return _half_precision_gpu(call, 256)
+    return _half_precision_gpu("varlen", call)
 
 
 def _cudnn(call: AttentionCall) -> str | None:
-    obstacle = _half_precision_gpu(call, 128)
-    if obstacle is None and call.gathered:
-        obstacle = "its causal mask needs all of a document's queries on one rank, and context_method is gather"
+    obstacle = _half_precision_gpu("cudnn", call)
     if obstacle is None and call.documents:
         obstacle = _packed_cudnn(call)
     return obstacle
@@ -115,11 +116,7 @@ def _flex(call: AttentionCall) -> str | None:
         return f"it has no backward pass on {call.device.type}"
     if call.capability < (8, 0):
         return f"Triton needs compute capability 8.0, and this GPU has {'.'.join(map(str, call.capability))}"
-    if call.dtype not in (*HALF, torch.float32):
-        return f"its kernels compute in 16 and 32 bits, and attention here in {_name(call.dtype)}"
-    if call.head_dim < 16:
-        return f"its kernels need head sizes of at least 16, and head_dim is {call.head_dim}"
-    return _without_triton()
+    return _limit("flex", call) or _without_triton()
 
 
 def _unfused(call: AttentionCall) -> str | None:
@@ -128,10 +125,6 @@ def _unfused(call: AttentionCall) -> str | None:
 
 def _without_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "the triton package is not installed"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _OBSTACLES: dict[AttentionBackend, Callable[[AttentionCall], str | None]] = {

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 from megatron.kernels.attention import AttentionBackend
+from megatron.kernels.fp8 import Cast, Fp8Weight
 from megatron.kernels.matrix_product import Library
 
 Backend = Literal["eager", "compile", "triton"]
@@ -25,7 +26,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 class Kernels:
     """The choice for every operation. compile_layers: each layer is compiled as a whole, in which case what is
     "compile" is fused with its neighbours. cuda_graphs: microbatches are recorded once and replayed. fp8: products of
-    layers run in 8 bits, forward and backward.
+    layers run in 8 bits, forward and backward. weight_gradients: "fused" where layers' products add them in float32
+    by themselves (`weight_gradient.py`).
     """
 
     attention: AttentionBackend = "blockwise"
@@ -37,6 +39,7 @@ class Kernels:
     compile_layers: bool = False
     cuda_graphs: bool = False
     fp8: bool = False
+    weight_gradients: Literal["separate", "fused"] = "separate"
 
     def words(self) -> str:
         """For people: "norm triton, rope compile, activation eager, cross-entropy triton"."""
@@ -45,6 +48,7 @@ class Kernels:
         parts += ["products by oneDNN"] * (self.product == "onednn")
         parts += ["layers compiled"] * self.compile_layers + ["CUDA graphs"] * self.cuda_graphs
         parts += ["fp8 products"] * self.fp8
+        parts += ["weight gradients added in their products"] * (self.weight_gradients == "fused")
         return ", ".join(parts)
 
 
@@ -107,8 +111,8 @@ def ropes(backend: Backend) -> Ropes:
 
 
 @cache
-def fp8_products(cast: Literal["eager", "triton"]) -> Callable[[Tensor, Tensor], Tensor]:
-    """`fp8_linear` by either cast: (x, weight) -> x times the transpose of weight."""
+def fp8_products(cast: Literal["eager", "triton"]) -> Callable[[Tensor, Tensor, Fp8Weight | None], Tensor]:
+    """`fp8_linear` by either cast: (x, weight, its cast or None) -> x times the transpose of weight."""
     if cast == "triton":
         from megatron.kernels.fp8_triton import fp8_linear_triton
 
@@ -116,6 +120,18 @@ def fp8_products(cast: Literal["eager", "triton"]) -> Callable[[Tensor, Tensor],
     from megatron.kernels.fp8 import fp8_linear
 
     return fp8_linear
+
+
+@cache
+def fp8_casts(cast: Literal["eager", "triton"]) -> Cast:
+    """`fp8_cast` by either."""
+    if cast == "triton":
+        from megatron.kernels.fp8_triton import fp8_cast_triton
+
+        return fp8_cast_triton
+    from megatron.kernels.fp8 import fp8_cast
+
+    return fp8_cast
 
 
 @cache

@@ -26,9 +26,10 @@ def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
     """The norm in x's dtype, and of each row the mean and the reciprocal of its deviation, [..., 1] and wide."""
     wide = _wide(x.dtype)
     # on CPU the kernel reads narrow rows beside wide weights, and computes wide; others ask for one dtype
-    source = x if x.device.type == "cpu" else x.to(wide)
+    source = x if x.device.type == "cpu" or x.dtype == wide else x.to(wide)
     out, mean, inverse = torch.native_layer_norm(source, weight.shape, weight.to(wide), bias.to(wide), eps)
-    return out.to(x.dtype), mean, inverse
+    # see rms_norm.py: a cast to the same dtype would give `out` itself, and torch 2.11 lose its gradient
+    return out if out.dtype == x.dtype else out.to(x.dtype), mean, inverse
 
 
 def _gradients(

@@ -23,7 +23,11 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = _wide(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x.to(wide) * inverse).mul_(weight).to(x.dtype), inverse
+    # In a compiled program torch 2.11 loses, without a word, the gradient of what a Function returns if it went through
+    # an operation that gives its own argument, as in-place ones and casts to the same dtype do.
+    unit = (x if x.dtype == wide else x.to(wide)) * inverse
+    out = unit * weight if torch.compiler.is_compiling() else unit.mul_(weight)
+    return out if out.dtype == x.dtype else out.to(x.dtype), inverse
 
 
 def _gradients(x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

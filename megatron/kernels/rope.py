@@ -1,17 +1,22 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) in Hugging Face's convention.
 
 Dimension i of the first half of the turned part pairs with dimension i of its second half; the angle of pair i at
-position p is p * theta^(-2i / rotary_dim). Dimensions behind rotary_dim pass unchanged (GPT-NeoX).
+position p is p * theta^(-2i / rotary_dim), its frequency perhaps scaled for longer contexts (config/rope_scaling.py).
+Dimensions behind rotary_dim pass unchanged (GPT-NeoX).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron.config.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,72 @@ class RopeTable:
     sin: Tensor
 
 
-def rope_table(positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> RopeTable:
+def rope_table(
+    positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> RopeTable:
     """Angles for positions [batch, T] (int64). Computed in float32, or float64 for float64; then cast to dtype."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, rotary_dim, 2, dtype=wide, device=positions.device) / rotary_dim
-    angles = positions[:, None, :, None, None].to(wide) * theta**-exponents
+    frequencies = rope_frequencies(rotary_dim, theta, wide, positions.device, scaling)
+    angles = positions[:, None, :, None, None].to(wide) * frequencies
     cos, sin = angles.cos(), angles.sin()
+    if scaling is not None and scaling.attention_scale != 1:
+        # Both turned sides carry it; a gradient is turned back by -sin and scaled alike, which is the transpose.
+        cos, sin = cos * scaling.attention_scale, sin * scaling.attention_scale
     return RopeTable(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
+
+
+def rope_frequencies(
+    rotary_dim: int, theta: float, dtype: torch.dtype, device: torch.device, scaling: RopeScaling | None = None
+) -> Tensor:
+    """The angle that each pair turns by from one position to the next, [rotary_dim / 2]; a scaled one is computed once
+    for each device and must not be changed."""
+    if scaling is not None:
+        with torch.inference_mode(False):  # what is kept must serve later passes with gradients, too
+            return _scaled_frequencies(rotary_dim, theta, dtype, device, scaling)
+    exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
+    return theta**-exponents
+
+
+@cache
+def _scaled_frequencies(
+    rotary_dim: int, theta: float, dtype: torch.dtype, device: torch.device, scaling: RopeScaling
+) -> Tensor:
+    plain = rope_frequencies(rotary_dim, theta, dtype, device)
+    match scaling.rope_type:
+        case "linear":
+            return plain / scaling.factor
+        case "llama3":
+            return _llama3(plain, scaling)
+        case "yarn":
+            return _yarn(plain, theta, scaling)
+    raise ValueError(f"rope_type {scaling.rope_type!r} is unknown")
+
+
+def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
+    """Long wavelengths divided, short ones kept, between them a passage that is linear in turns within the original
+    length (the Llama 3.1 release's formula)."""
+    length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    assert length is not None and low is not None and high is not None, "checked by the config"
+    turns = length * plain / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain * (kept + (1 - kept) / scaling.factor)
+
+
+def _yarn(plain: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """Divided where a pair turns at most beta_slow times within the original length, kept from beta_fast turns on,
+    between them a passage that is linear in the pair's number (arXiv 2309.00071, section 3.2; bounds rounded outwards,
+    as `transformers` does)."""
+    length, slow, fast = scaling.original_max_position_embeddings, scaling.beta_slow, scaling.beta_fast
+    assert length is not None and slow is not None and fast is not None, "checked by the config"
+    pairs = plain.shape[0]
+
+    def pair_of(turns: float) -> float:
+        return pairs * math.log(length / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = max(math.floor(pair_of(fast)), 0), min(math.ceil(pair_of(slow)), 2 * pairs - 1)
+    numbers = torch.arange(pairs, dtype=plain.dtype, device=plain.device)
+    divided = ((numbers - first) / ((last - first) or 0.001)).clamp(0, 1)
+    return plain * (1 - divided + divided / scaling.factor)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,7 +105,10 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = x.contiguous()
     turned = x[..., :rotary]
     swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
-    turned = (turned * cos).addcmul_(swapped, sin).to(x.dtype)
+    # Neither in place nor cast to its own dtype: in a compiled program torch 2.11 loses, without a word, the gradient
+    # of what a Function returns through an operation that gives its own argument.
+    turned = torch.addcmul(turned * cos, swapped, sin)
+    turned = turned if turned.dtype == x.dtype else turned.to(x.dtype)
     return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), -1)
 
 

@@ -39,6 +39,28 @@ _COPIES = 98304
 
 
 @triton.jit
+def _tile_of(tile, column, rows, size, ROWS: tl.constexpr):
+    """The rows of a tile [ROWS], the places of its elements [ROWS, columns], and which of these there are."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    return row, row.to(tl.int64)[:, None] * size + column, (row < rows)[:, None] & (column < size)
+
+
+@triton.jit
+def _store_gradient(target, value, onward, at, mask):
+    """The gradient of x, with what reaches it past the norm."""
+    if onward is not None:
+        value += tl.load(onward + at, mask, 0.0).to(value.dtype)
+    tl.store(target, value.to(target.dtype.element_ty), mask)
+
+
+@triton.jit
+def _store_part(parts, total, column, size):
+    """This program's sums over rows."""
+    at = tl.program_id(0).to(tl.int64) * size + column
+    tl.store(parts + at, tl.sum(total, 0)[None, :], column < size)
+
+
+@triton.jit
 def _backward_kernel(
     grad, onward, x, weight, mean, inverse, x_grad, weight_parts, bias_parts, rows, size,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, KEPT: tl.constexpr,
@@ -55,9 +77,7 @@ def _backward_kernel(
     weight_sum = tl.zeros((ROWS, BLOCK), WIDE)
     bias_sum = tl.zeros((ROWS, BLOCK), WIDE)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (column < size)
-        at = row.to(tl.int64)[:, None] * size + column
+        row, at, mask = _tile_of(tile, column, rows, size, ROWS)
         factor = tl.load(inverse + row, row < rows, 0.0)[:, None]
         unit = tl.load(x + at, mask, 0.0, eviction_policy="" if KEPT else "evict_last").to(WIDE)
         upstream = tl.load(grad + at, mask, 0.0, eviction_policy="" if KEPT else "evict_last").to(WIDE)
@@ -83,14 +103,10 @@ def _backward_kernel(
         if mean is not None:
             bias_sum += upstream
             result -= level
-        result *= factor
-        if onward is not None:
-            result += tl.load(onward + at, mask, 0.0).to(WIDE)
-        tl.store(x_grad + at, result.to(x.dtype.element_ty), mask)
-    part = tl.program_id(0).to(tl.int64) * size + column
-    tl.store(weight_parts + part, tl.sum(weight_sum, 0)[None, :], column < size)
+        _store_gradient(x_grad + at, result * factor, onward, at, mask)
+    _store_part(weight_parts, weight_sum, column, size)
     if mean is not None:
-        tl.store(bias_parts + part, tl.sum(bias_sum, 0)[None, :], column < size)
+        _store_part(bias_parts, bias_sum, column, size)
 
 
 @triton.jit
@@ -129,9 +145,7 @@ def _columns_kernel(
     weight_sum = tl.zeros((ROWS, BLOCK), WIDE)
     bias_sum = tl.zeros((ROWS, BLOCK), WIDE)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=3):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (column < size)
-        at = row.to(tl.int64)[:, None] * size + column
+        row, at, mask = _tile_of(tile, column, rows, size, ROWS)
         factor = tl.load(inverse + row, row < rows, 0.0)[:, None]
         unit = tl.load(x + at, mask, 0.0).to(WIDE)
         upstream = tl.load(grad + at, mask, 0.0).to(WIDE)
@@ -143,14 +157,10 @@ def _columns_kernel(
         if mean is not None:
             bias_sum += upstream
             result -= tl.load(level + row, row < rows, 0.0)[:, None]
-        result *= factor
-        if onward is not None:
-            result += tl.load(onward + at, mask, 0.0).to(WIDE)
-        tl.store(x_grad + at, result.to(x.dtype.element_ty), mask)
-    part = tl.program_id(0).to(tl.int64) * size + column
-    tl.store(weight_parts + part, tl.sum(weight_sum, 0)[None, :], column < size)
+        _store_gradient(x_grad + at, result * factor, onward, at, mask)
+    _store_part(weight_parts, weight_sum, column, size)
     if mean is not None:
-        tl.store(bias_parts + part, tl.sum(bias_sum, 0)[None, :], column < size)
+        _store_part(bias_parts, bias_sum, column, size)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron.config.quantities import format_count
+from megatron.metrics.in_loop import main_metric
 from megatron.metrics.meters import Smoothed
 from megatron.metrics.sinks import Row
 
@@ -39,9 +40,12 @@ class Console:
             print(text, flush=True)
 
     def write(self, row: Row) -> None:
-        """Shows a training row or a validation row."""
+        """Shows a training row, a validation row or an evaluation row."""
         if "validation" in row:
             self.say(f"step {row['step']}: validation {_losses(row['validation'])}")
+            return
+        if "evaluation" in row:
+            self.say(f"step {row['evaluated_step']} ({row['evaluated_stage']}) evaluated: {_figures(row)}")
             return
         tokens = row["tokens"]
         pace = self._seconds_per_token.add(row["step_seconds"] / max(tokens, 1))
@@ -69,6 +73,16 @@ class Console:
 def _numbers(row: Row) -> str:
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     return f"loss {loss} ({_losses(row['loss_by_source'])}), lr {row['lr']:.3g}"
+
+
+def _figures(row: Row) -> str:
+    """Of each task the figure that counts, with its standard error."""
+    words = []
+    for task, metrics in row["evaluation"].items():
+        if (metric := main_metric(metrics)) is not None:
+            error = row["evaluation_stderr"].get(task, {}).get(metric)
+            words.append(f"{task} {metric} {metrics[metric]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
+    return ", ".join(words) or "no figures"
 
 
 def _losses(by_source: Row) -> str:

@@ -32,7 +32,8 @@ class ReportData:
 
     steps, validations: rows of metrics.jsonl. planned: stages of `stagemix plan --json`, or of a ledger where there is
     no plan, each with "name", "start_token", "tokens", "samples" and "weights". ledger: rows of the ledger's table.
-    evaluations: contents of evaluate's files. facts: what ran, label by label. config: the resolved TOML.
+    evaluations: contents of evaluate's files. in_loop: results in OUTPUT/evaluations, by step. facts: what ran, label
+    by label. config: the resolved TOML.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ReportData:
     ledger: Sequence[Mapping[str, Any]]
     groups: Mapping[str, str]
     evaluations: Sequence[Mapping[str, Any]] = ()
+    in_loop: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     config: str = ""
     parameters: int | None = None
@@ -94,7 +96,8 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
             continue
         try:
             row = json.loads(line)
-            (validations if "validation" in row else steps)[int(row["step"])] = row
+            if "evaluation" not in row:  # those stand in OUTPUT/evaluations with all that belongs to them
+                (validations if "validation" in row else steps)[int(row["step"])] = row
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break  # a run that is being written, or was killed while it wrote

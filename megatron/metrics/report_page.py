@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from megatron.metrics.report_data import ReportData
+from megatron.metrics.report_in_loop import column_name, in_loop_plots
 from megatron.metrics.report_plots import accuracy_rows, evaluation_plot
 from megatron.metrics.report_style import STYLE
 from megatron.metrics.report_svg import short_count
@@ -92,17 +93,32 @@ def ledger_table(data: ReportData) -> str:
 
 
 def evaluation_section(data: ReportData) -> str:
-    """Plots and tables of every evaluation file."""
-    if not data.evaluations:
+    """Plots and tables of what was evaluated while it trained, then of every evaluation file."""
+    if not data.evaluations and not data.in_loop:
         return (
             '<p class="absent">No evaluation was given. Make one with <code>stagemix evaluate</code> and pass it with '
             "<code>--evaluation</code>.</p>"
         )
-    return "".join(_evaluation(evaluation, number) for number, evaluation in enumerate(data.evaluations))
+    files = [_evaluation(evaluation, number) for number, evaluation in enumerate(data.evaluations)]
+    return in_loop_plots(data) + _in_loop(data) + "".join(files)
+
+
+def _in_loop(data: ReportData) -> str:
+    """A table with a column for each checkpoint that was evaluated while the run trained."""
+    if not data.in_loop:
+        return ""
+    models = [{**record["models"][0], "name": column_name(record)} for record in data.in_loop]
+    tasks = {name: known for record in data.in_loop for name, known in record.get("tasks", {}).items()}
+    return _results_table({**data.in_loop[-1], "models": models, "tasks": tasks})
 
 
 def _evaluation(evaluation: Mapping[str, Any], number: int) -> str:
-    """One file: the plot, and a table with a column for each model."""
+    """One file: the plot, and the table."""
+    return evaluation_plot(evaluation, f"evaluation-{number}") + _results_table(evaluation)
+
+
+def _results_table(evaluation: Mapping[str, Any]) -> str:
+    """A column for each model, a row for each metric of a task."""
     models = evaluation["models"]
     kinds = dict.fromkeys(
         (t, m) for model in models for t, result in model["results"].items() for m in result["metrics"]
@@ -121,7 +137,7 @@ def _evaluation(evaluation: Mapping[str, Any], number: int) -> str:
     made = ", ".join(str(evaluation[key]) for key in ("harness", "dtype", "device") if evaluation.get(key))
     better = " Bold: above chance by more than two standard errors." if accuracy_rows(evaluation) else ""
     note = f'<p class="note">{escape(made)}. Values with one standard error.{better}</p>'
-    return evaluation_plot(evaluation, f"evaluation-{number}") + table(heads, rows, 2) + note
+    return table(heads, rows, 2) + note
 
 
 def _found(metric: str, found: Mapping[str, Any] | None, chance: float | None) -> Cell:

@@ -15,7 +15,8 @@ Row = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes one row a step; a row is a flat mapping with "step", or a validation row with "validation".
+    """Takes one row a step; a row is a flat mapping with "step", or a validation row with "validation", or a row with
+    "evaluation", which comes when that is done: "step" is then that of the run, "evaluated_step" the model's.
 
     The first row of steps after each start of the run also has "start": words on what runs since then, label by label.
     """

@@ -57,7 +57,8 @@ def describe_optimizer(section: OptimizerSection) -> str:
     if section.name == "muon":
         return "torch's Muon for the matrices of layers, AdamW (torch's fused kernel) for the rest"
     kernels = {"torch": "torch's fused kernel", "apex": "apex's FusedAdam", "triton": "this project's Triton kernel"}
-    return f"AdamW, {kernels[section.implementation]}"
+    split = ", masters in two halves" if section.master_weights == "split" else ""
+    return f"AdamW, {kernels[section.implementation]}{split}"
 
 
 def squares_of(section: OptimizerSection) -> Callable[[Sequence[Tensor], torch.device], Tensor] | None:
@@ -66,6 +67,13 @@ def squares_of(section: OptimizerSection) -> Callable[[Sequence[Tensor], torch.d
         return None
     found: Callable[..., Tensor] = import_module("megatron.kernels.gradient_norm_triton").squared_norm_triton
     return found
+
+
+def keeps_high_halves(section: OptimizerSection) -> bool:
+    """Whether a bfloat16 copy of float32 masters is their high halves (`kernels/adamw.py`): Triton's AdamW writes it
+    so, whether it keeps the masters whole or split.
+    """
+    return (section.name, section.implementation) == ("adamw", "triton")
 
 
 def waits_for_no_numbers(section: OptimizerSection) -> bool:

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, TypeVar
 
-from megatron.config.errors import EXIT_BUG, EXIT_LOST_PROCESS, EXIT_WATCHDOG
+from megatron.config.errors import EXIT_BUG, EXIT_LOST_PROCESS, EXIT_WATCHDOG, exit_code_of
 from megatron.parallel.health_board import Board, host_name, rank_words
 from megatron.parallel.health_words import (
-    code_of,
     first_line,
     follows_from_a_lost_peer,
     show_stacks,
@@ -123,7 +122,7 @@ class Health:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process and with it the job, for an error that nobody handles here."""
-        failure = Failure(self._board.rank, code_of(error), words_of(error))
+        failure = Failure(self._board.rank, exit_code_of(error), words_of(error))
         if follows_from_a_lost_peer(error):
             # The cause, if a rank lived to tell it, is on the board soon.
             self._hear_another()
@@ -173,7 +172,8 @@ class Health:
                 self._say(f"note: exit.json could not be written: {second}")
             self._tell_the_launcher(first, trace)
             self._ask(self._patience.acknowledged + 1, lambda: self._acknowledge(mine))
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # its reader has gone, or the disk is full: the code says so
+                sys.stdout.flush()
             os._exit(first.code)
 
     def _words_about(self, first: Failure) -> str:

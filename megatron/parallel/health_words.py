@@ -9,15 +9,8 @@ import traceback
 
 import torch.distributed as dist
 
-from megatron.config.errors import EXIT_BUG, EXIT_IO, EXIT_LOST_PROCESS, IO_REMEDIES, StagemixError
+from megatron.config.errors import EXIT_BROKEN_PIPE, EXIT_IO, EXIT_LOST_PROCESS, StagemixError
 from megatron.parallel.health_board import host_name
-
-
-def code_of(error: BaseException) -> int:
-    """The exit code that an error stands for."""
-    if isinstance(error, StagemixError):
-        return error.exit_code
-    return EXIT_IO if isinstance(error, OSError) and error.errno in IO_REMEDIES else EXIT_BUG
 
 
 def words_of(error: BaseException) -> str:
@@ -58,7 +51,7 @@ def first_line(error: BaseException) -> str:
 
 def traceback_of(error: BaseException | None, code: int) -> str:
     """The traceback that a bug is shown with; empty for an error that is written for the user."""
-    if error is None or isinstance(error, StagemixError) or code in (EXIT_LOST_PROCESS, EXIT_IO):
+    if error is None or isinstance(error, StagemixError) or code in (EXIT_LOST_PROCESS, EXIT_IO, EXIT_BROKEN_PIPE):
         return ""
     return "".join(traceback.format_exception(error)).rstrip()
 

@@ -32,8 +32,6 @@ SCHEDULES: dict[str, Any] = {
     "zero-bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
 }
-SPLIT_BACKWARD = ("zero-bubble", "zbv")
-"""Schedules that compute gradients of inputs and of weights apart."""
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,19 @@ class StepBytes:
 
 
 def step_bytes(
-    shape: ModelShape, section: ParallelSection, layout: Layout, precision: str, pipeline_rank: int
+    shape: ModelShape,
+    section: ParallelSection,
+    layout: Layout,
+    precision: str,
+    pipeline_rank: int,
+    split_masters: bool = False,
 ) -> StepBytes:
     """Of one rank with the torch engine and several microbatches a step.
 
     Weights are gathered layer by layer where `full` shards them, two layers at a time and what is around them; else,
     and always under a pipeline (torch keeps a stage's weights until its last microbatch), all at once. Where gradients
     are reduced only at the step's end they are whole until then, in the masters' dtype. precision: "auto" as bf16.
+    split_masters: what computes is a half of the masters, and no memory besides.
     """
     stages = rank_tensors(shape, section, pipeline_rank)
     groups: dict[str, int] = {}
@@ -78,7 +84,7 @@ def step_bytes(
     late = section.data_shard in ("none", "optimizer") or layout.pipeline > 1
     narrow, wide = {"fp64": (8, 8), "fp32": (4, 4)}.get(precision, (2, 4))
     shared = layout.shard > 1  # else the gradients of `RankBytes` are these
-    return StepBytes(narrow * at_once, wide * (around + sum(layers)) if late and shared else 0)
+    return StepBytes(0 if split_masters else narrow * at_once, wide * (around + sum(layers)) if late and shared else 0)
 
 
 def receive_bytes(section: ParallelSection, layout: Layout, width: int, precision: str, rows: int, length: int) -> int:
@@ -100,6 +106,8 @@ def stage_tensors(shape: ModelShape, tensor: int, layers: range, first: bool, la
     tied = shape.tie_word_embeddings
     if first or (last and tied):
         yield HeldTensor("embedding.weight", words, hidden, matrix=False)
+    if first and shape.position_embedding == "learned":
+        yield HeldTensor("positions.weight", shape.max_position_embeddings, hidden, matrix=False)
     for number in layers:
         yield from _layer_tensors(shape, tensor, f"layers.{number}")
     if last:
@@ -114,16 +122,26 @@ def _layer_tensors(shape: ModelShape, tensor: int, name: str) -> Iterator[HeldTe
     groups = shape.num_key_value_heads
     # Where there are fewer key-value heads than ranks, every rank holds all of them.
     key_value = shape.head_dim * (groups // tensor if groups >= tensor else groups)
-    yield from _norm(shape, f"{name}.attention_norm")
-    yield from _linear(f"{name}.attention.query", query, hidden, shape.attention_bias)
-    yield from _linear(f"{name}.attention.key", key_value, hidden, shape.attention_bias)
-    yield from _linear(f"{name}.attention.value", key_value, hidden, shape.attention_bias)
+    if shape.norms_before:
+        yield from _norm(shape, f"{name}.attention_norm")
+    yield from _linear(f"{name}.attention.query", query, hidden, shape.projection_bias)
+    yield from _linear(f"{name}.attention.key", key_value, hidden, shape.projection_bias)
+    yield from _linear(f"{name}.attention.value", key_value, hidden, shape.projection_bias)
+    if shape.qk_norm != "none":
+        each = shape.qk_norm == "head"
+        yield HeldTensor(f"{name}.attention.query_norm.weight", shape.head_dim if each else query, 1, matrix=False)
+        yield HeldTensor(f"{name}.attention.key_norm.weight", shape.head_dim if each else key_value, 1, matrix=False)
     yield from _linear(f"{name}.attention.output", hidden, query, shape.attention_bias)
-    yield from _norm(shape, f"{name}.mlp_norm")
+    if shape.norms_after:
+        yield from _norm(shape, f"{name}.attention_after_norm")
+    if shape.norms_before:
+        yield from _norm(shape, f"{name}.mlp_norm")
     if shape.gated_mlp:
         yield from _linear(f"{name}.mlp.gate", inner, hidden, shape.mlp_bias)
     yield from _linear(f"{name}.mlp.up", inner, hidden, shape.mlp_bias)
     yield from _linear(f"{name}.mlp.down", hidden, inner, shape.mlp_bias)
+    if shape.norms_after:
+        yield from _norm(shape, f"{name}.mlp_after_norm")
 
 
 def _linear(name: str, rows: int, width: int, bias: bool) -> Iterator[HeldTensor]:

@@ -120,7 +120,8 @@ def _rank_row(
         held = rank_bytes(shape, section, layout, optimizer, train.precision, rank)
         if train.gradients == "bf16":
             held = replace(held, gradients=held.gradients // 2)
-        besides = step_bytes(shape, section, layout, train.precision, rank)
+        split = optimizer.master_weights == "split"
+        besides = step_bytes(shape, section, layout, train.precision, rank, split)
         row["bytes"] = {
             **vars(held),
             **vars(besides),

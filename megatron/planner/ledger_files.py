@@ -15,6 +15,10 @@ _STEP = re.compile(r"step-\d+")
 _STATE = "state.json"
 
 
+class NoLedgerError(CheckpointError):
+    """A whole checkpoint that no training wrote."""
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first, whole or not."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(path.name))
@@ -24,7 +28,7 @@ def read_ledger(path: Path) -> Ledger:
     """The ledger of a checkpoint folder, or of a run folder's newest checkpoint whose ledger is whole.
 
     Manifest and state.json are verified by their checksums; tensors are not read. A damaged checkpoint of a run folder
-    is named on stderr and passed over. Raises CheckpointError.
+    is named on stderr and passed over. Raises CheckpointError, as NoLedgerError for an imported model.
     """
     folders = checkpoint_folders(path)
     if not folders:
@@ -49,6 +53,9 @@ def _read(folder: Path) -> Ledger:
     if found != expected:
         raise CheckpointError(f"{folder / _STATE}: expected sha256 {expected}, found {found}")
     try:
-        return Ledger.from_json(json.loads((folder / _STATE).read_bytes())["data"])
+        state = json.loads((folder / _STATE).read_bytes())
+        if "data" not in state:
+            raise NoLedgerError(f"{folder}: an imported model: it has not been trained here, so it has no ledger")
+        return Ledger.from_json(state["data"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / _STATE}: holds no ledger: {error!r}") from None

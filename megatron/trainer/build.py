@@ -33,6 +33,7 @@ from megatron.planner.resolve import ResolvedRun, resolve_run
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.load import load_tokenizer
 from megatron.trainer.chosen import Chosen, choose
+from megatron.trainer.evaluating import Evaluations, check_can_evaluate
 from megatron.trainer.hooks import Checkpoint, CompareOrder, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.job import Job, OneProcess
 from megatron.trainer.loop import Run
@@ -52,6 +53,7 @@ class Built:
     sinks: list[Sink]
     samples: int
     manager: CheckpointManager
+    evaluations: Evaluations
 
     @property
     def complete(self) -> bool:
@@ -59,11 +61,15 @@ class Built:
         return self.run.state.consumed_samples >= self.samples
 
     def finish(self) -> None:
-        """Waits for a save that runs beside training. Raises what went wrong in it."""
+        """Waits for a save that runs beside training, raising what went wrong in it; where the run is complete, for
+        evaluations, too."""
         self.manager.finish()
+        if self.complete:
+            self.evaluations.finish()
 
     def close(self) -> None:
-        """Ends the loader's thread and closes the sinks."""
+        """Ends the loader's thread and evaluations that still run, and closes the sinks."""
+        self.evaluations.close()
         self.loader.close()
         for sink in self.sinks:
             sink.close()
@@ -103,6 +109,7 @@ def build(
     job = job or OneProcess()
     layout = resolve_layout(config.parallel, job.who.world_size)
     tokenizer = load_tokenizer(config.tokenizer.path)
+    check_can_evaluate(config.evaluation)
     board = job.checkpoint_board()
     manager = CheckpointManager(folder.checkpoints, config.checkpoint.keep, board=board, say=console.say)
     job.at("looks for a checkpoint")
@@ -112,6 +119,7 @@ def build(
     if found:
         vars(state).update(vars(TrainerState.from_json(found.state)))
     if state.consumed_samples >= resolved.schedule.samples:
+        _evaluate_complete_run(config, resolved, folder, state, console, manager, stop_signal, job)
         return None
     shape = resolve_model(
         config.model, tokenizer.vocab_size, max(stage.seq_length for stage in resolved.schedule.stages)
@@ -141,7 +149,7 @@ def build(
         console.say(line)
     console.begin(resolved.schedule.tokens, state.consumed_tokens)
     begin = StageStart(config.stages, shape, engine, state, config.run.seed, console.say, board)
-    return _assemble(config, resolved, saver, begin, stop_signal, job, mesh)
+    return _assemble(config, resolved, saver, begin, stop_signal, job, mesh, folder, console.say)
 
 
 def _assemble(
@@ -152,6 +160,8 @@ def _assemble(
     stop_signal: Callable[[], str],
     job: Job,
     mesh: Mesh,
+    folder: RunFolder,
+    say: Callable[[str], None],
 ) -> Built:
     """The loop's pieces around what the saver already holds: state, engine, sinks."""
     train, validation, names = config.train, config.validation, sorted(resolved.sources)
@@ -167,11 +177,16 @@ def _assemble(
         data_rank=mesh.data.rank,
         data_size=mesh.data.size,
     )
+    ends = frozenset(stage.end_sample for stage in resolved.schedule.stages)
+    evaluations = Evaluations(
+        config.evaluation, folder, job, state, sinks, saver.manager, clock, ends, say, stop_signal
+    )
+    evaluations.begin()
     run = Run(
         state=state,
         engine=engine,
         batches=loader,
-        timeline=ResolvedTimeline(resolved, frozenset(stage.end_sample for stage in resolved.schedule.stages)),
+        timeline=ResolvedTimeline(resolved, ends),
         begin_training_stage=begin_training_stage,
         stop_signal=stop_signal,
         over_ranks=job.over_ranks(mesh),
@@ -182,11 +197,37 @@ def _assemble(
             Validate(validation.every, engine, held_out, names, sinks, clock),
             StopWhereNothingIsLearnt(train.max_non_finite, saver.manager.newest_name),
             Checkpoint(config.checkpoint.every, saver, clock, saver.manager.poll),
+            evaluations,
         ],
         clock=clock,
         looks_at=lambda step: step % config.checkpoint.every == 0 or step % validation.every == 0,
     )
-    return Built(run, loader, list(sinks), resolved.schedule.samples, saver.manager)
+    return Built(run, loader, list(sinks), resolved.schedule.samples, saver.manager, evaluations)
+
+
+def _evaluate_complete_run(
+    config: RunConfig,
+    resolved: ResolvedRun,
+    folder: RunFolder,
+    state: TrainerState,
+    console: Console,
+    manager: CheckpointManager,
+    stop_signal: Callable[[], str],
+    job: Job,
+) -> None:
+    """All ranks: what is still to be evaluated of a run that has nothing to train any more."""
+    sinks: list[Sink] = [JsonlSink(folder.metrics), console] if job.writes else []
+    ends = frozenset(stage.end_sample for stage in resolved.schedule.stages)
+    evaluations = Evaluations(
+        config.evaluation, folder, job, state, sinks, manager, job.clock(), ends, console.say, stop_signal
+    )
+    try:
+        evaluations.begin()
+        evaluations.finish()
+    finally:
+        evaluations.close()
+        for sink in sinks:
+            sink.close()
 
 
 def _resolve(

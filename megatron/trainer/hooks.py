@@ -12,7 +12,7 @@ from megatron.metrics.meters import StepClock
 from megatron.metrics.sinks import Sink
 from megatron.trainer.state import Step
 
-ASIDE = ("validation", "checkpoint")
+ASIDE = ("validation", "checkpoint", "evaluation")
 """Time spent on these is reported under its own name and left out of step_seconds."""
 
 

@@ -50,6 +50,11 @@ class Job(Protocol):
     def at(self, phase: str, step: int | None = None) -> None:
         """Notes progress, for the watchdog."""
 
+    def while_rank_0(self, phase: str, work: Callable[[Callable[[], bool]], None], stop: Callable[[], bool]) -> None:
+        """All ranks: rank 0 works, however long, and the others wait for it. work is given what it must call at least
+        every minute: it tells the watchdog that the work goes on, and gives whether any rank was asked to stop.
+        """
+
     def checkpoint_board(self) -> Board:
         """Where ranks agree on checkpoints."""
 
@@ -83,6 +88,10 @@ class OneProcess:
     def at(self, phase: str, step: int | None = None) -> None:
         """Nobody watches."""
 
+    def while_rank_0(self, phase: str, work: Callable[[Callable[[], bool]], None], stop: Callable[[], bool]) -> None:
+        """Nobody waits."""
+        work(stop)
+
     def checkpoint_board(self) -> Board:
         """One process's."""
         return LocalBoard()
@@ -114,6 +123,7 @@ class Rank:
         # One of each node; and rank 1, for where rank 0 is the one that was lost.
         self.health = Health(self._board, section.watchdog_seconds, speaks=who.local_rank == 0 or who.rank == 1)
         self.health.tell = tell_torchrun
+        self._long_works = 0
 
     def meet(self) -> None:
         """Waits for the others, and watches them from then on. Raises LostProcessError."""
@@ -150,6 +160,32 @@ class Rank:
     def at(self, phase: str, step: int | None = None) -> None:
         """Notes progress."""
         self.health.at(phase, step)
+
+    def while_rank_0(self, phase: str, work: Callable[[Callable[[], bool]], None], stop: Callable[[], bool]) -> None:
+        """Rank 0's steps of work are counted on the board, and each is progress of every rank."""
+        self._long_works += 1
+        board, key = self._board, f"long work/{self._long_works}"
+
+        def goes_on() -> bool:
+            self.at(phase)
+            board.count(f"{key}/alive")
+            return stop() or board.count(f"{key}/stop", 0) > 0
+
+        if self.writes:
+            work(goes_on)
+            board.post(f"{key}/done", True)
+            return
+        seen, told, pause = 0, False, 0.05
+        while not board.read(f"{key}/done"):
+            if (alive := board.count(f"{key}/alive", 0)) != seen:
+                seen = alive
+                self.at(phase)
+            if not told and stop():
+                told = True
+                board.count(f"{key}/stop")
+            time.sleep(pause)
+            pause = min(1.5 * pause, 1.0)
+        self.at(f"{phase}: done")
 
     def checkpoint_board(self) -> Board:
         """The ranks'."""

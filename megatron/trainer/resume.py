@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.board import Board
+from megatron.checkpoint.imported import ORIGIN
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
 from megatron.config.errors import ChangedPastError, CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
@@ -49,19 +50,28 @@ def find_checkpoint(
             "its own: set run.output to another folder"
         )
     try:
-        return manager.open(start.resume_from)
+        found = manager.open(start.resume_from)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. --resume-from needs a whole checkpoint: name another, or leave it out to go on from the newest "
             "whole one"
         ) from None
+    if ORIGIN in found.state:
+        raise ConfigError(
+            f"--resume-from {start.resume_from}: is an imported model, not a checkpoint of a run: say "
+            f'take = {{ weights = "{start.resume_from}" }} in the first stage instead'
+        )
+    return found
 
 
 def check_shape(found: CheckpointRef, shape: ModelShape) -> None:
     """Raises ChangedPastError that names each field in which the model differs from the checkpoint's."""
-    then, now = found.state["model"], shape.to_json()
-    # A longer training stage may be added later: the length limit is no weight.
-    names = sorted((then.keys() | now.keys()) - {"max_position_embeddings"})
+    # Fields that are younger than the checkpoint have their defaults in it.
+    then, now = ModelShape.from_json(found.state["model"]).to_json(), shape.to_json()
+    # A longer training stage may be added later: the length limit of rotary positions is no weight, nor is what an
+    # export is to be.
+    free = {"family", "max_position_embeddings"} if shape.position_embedding == "rope" else {"family"}
+    names = sorted((then.keys() | now.keys()) - free)
     differences = [
         f"{name} was {then.get(name)} and is now {now.get(name)}" for name in names if then.get(name) != now.get(name)
     ]

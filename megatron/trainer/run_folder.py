@@ -18,8 +18,10 @@ class RunFolder:
     """OUTPUT and the paths in it.
 
     checkpoints/      step-000001000, …; discarded/ has those that a resume from an older one set aside
-    metrics.jsonl     a row a step, and rows with "validation"; the first row of steps after each start has "start":
-                      engine, layout, device, … that ran from there on; a resume cuts it to the checkpoint's step
+    metrics.jsonl     a row a step, and rows with "validation" or "evaluation"; the first row of steps after each start
+                      has "start": engine, layout, device, … that ran from there on; a resume cuts it to the
+                      checkpoint's step
+    evaluations/      results of [evaluation] by step, and what is still asked for; see evaluation/requests.py
     config.toml       the resolved config of the last start; each checkpoint has that of its own
     exit.json         how the last process ended
     """

@@ -6,13 +6,12 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megatron.config.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, StagemixError
+from megatron.config.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, StagemixError, exit_code_of
 from megatron.config.load import config_to_tables
 from megatron.config.schema import HealthSection, RunConfig
 from megatron.launch.torchrun import tell_torchrun
 from megatron.metrics.console import Console
 from megatron.parallel.health_agreement import flat, program_facts
-from megatron.parallel.health_words import code_of
 from megatron.parallel.mesh import launched
 from megatron.trainer.build import build
 from megatron.trainer.job import Job, OneProcess, Rank
@@ -156,7 +155,7 @@ def progress_of(state: TrainerState) -> dict[str, Any]:
 
 def _record_error(error: BaseException, record: Callable[[int, str], None], say: Callable[[str], None]) -> None:
     try:
-        record(code_of(error), f"{type(error).__name__}: {error}")
+        record(exit_code_of(error), f"{type(error).__name__}: {error}")
     except StagemixError as second:
         # A full disk takes no record either; the error that ended the run is the one to raise.
         say(f"note: exit.json could not be written: {second}")

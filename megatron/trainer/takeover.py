@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.checkpoint.board import Board
+from megatron.checkpoint.imported import ORIGIN
+from megatron.checkpoint.manager import CheckpointRef
 from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
@@ -17,6 +19,8 @@ from megatron.trainer.resume import Say, whole_checkpoint_at
 from megatron.trainer.state import TrainerState
 
 KEEP = ("continue", "fresh")
+NO_FUNCTION = {"document_mask", "family", "hidden_dropout", "initializer_range", "max_position_embeddings"}
+"""Fields of a ModelShape in which imported weights and a model may differ: they say how to train, or how far."""
 
 
 class StageStart:
@@ -87,9 +91,28 @@ def check_takes(sections: Sequence[StageSection], shape: ModelShape, board: Boar
                 if is_hugging_face(path) and key == "weights":
                     HuggingFaceTensors(path, shape)
                 else:
-                    whole_checkpoint_at(path, board)
+                    _check_imported(whole_checkpoint_at(path, board), key, shape)
             except (CheckpointError, ConfigError) as error:
                 raise type(error)(f"{where}: {error}") from None
+
+
+def _check_imported(found: CheckpointRef, key: str, shape: ModelShape) -> None:
+    """Raises ConfigError where the checkpoint is an imported model, and more than its weights is asked of it, or they
+    would mean another function: what sizes do not show is compared, as with a Hugging Face folder."""
+    if ORIGIN not in found.state:
+        return
+    if key != "weights":
+        raise ConfigError(f"an imported model has weights alone, no {key}")
+    theirs, ours = ModelShape.from_json(found.state["model"]).to_json(), shape.to_json()
+    names = sorted((theirs.keys() | ours.keys()) - NO_FUNCTION)
+    different = [
+        f"{n} is {theirs.get(n)!r}, the model has {ours.get(n)!r}" for n in names if theirs.get(n) != ours.get(n)
+    ]
+    if different:
+        raise ConfigError(
+            f"{'; '.join(different)}: its weights would mean another function: take [model] from "
+            f"{found.path}/config.toml"
+        )
 
 
 def is_hugging_face(path: Path) -> bool:

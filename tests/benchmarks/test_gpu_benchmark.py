@@ -76,7 +76,11 @@ def _check_training(rows: list[dict[str, Any]]) -> None:
     choice, *rows = rows
     assert choice["job"] == "choice" and choice["norm"] == "triton" and "measured a step" in choice["reason"]
     assert {row["from"] for row in rows} == {"the loader", "random tokens"}
-    assert {row["documents"] for row in rows} == {1, 4} and {row["AdamW"] for row in rows} == {"torch", "triton"}
+    assert {row["documents"] for row in rows} == {1, 4} and {row["AdamW"] for row in rows} == {
+        "torch",
+        "triton, split masters",
+    }
+    assert {"llama-1b, CUDA graphs", "llama-1b, fused gradients"} <= {row["model"] for row in rows}
     assert any(row["gradients"] == "bf16" and row["recomputed"] == "1 of 2 layers" for row in rows)
     assert all("norm triton" in row["kernels"] and 5 < row["loss"] < 7 for row in rows), rows
 
@@ -128,6 +132,16 @@ def test_mistakes_on_the_command_line_are_refused(words: list[str], capsys: pyte
     with pytest.raises(SystemExit) as stopped:
         gpu.arguments_of(words)
     assert stopped.value.code == 2 and capsys.readouterr().err
+
+
+def test_a_name_that_no_job_has_is_refused_with_those_that_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dry-run", "--part", "a,f", "--only", "pytest", "--only", "no such job", "--output", str(tmp_path)]
+    assert gpu._run(gpu.arguments_of(words), words, tmp_path) == 2
+    said = capsys.readouterr()
+    assert "--only 'no such job': no job has that in its name" in said.err and not said.out
+    assert "a: memory; gemm bf16" in said.err and "f: pytest -m gpu" in said.err and not list(tmp_path.iterdir())
 
 
 def test_limits_by_part() -> None:

@@ -21,6 +21,7 @@ import gpu_models
 import gpu_operations
 import gpu_results
 import gpu_training
+import roofline
 from gpu_operations import Inputs, Maker, Operation, Sizes, Traffic
 
 
@@ -54,6 +55,15 @@ def test_utilisation_agrees_with_what_others_published() -> None:
     words = gpu_models.published_words("llama-8b", 8192)
     assert "ml-engineering" in words and "8x H200" in words and "llmq" not in words
     assert "llmq, 1x H100" in gpu_models.published_words("llama-600m", 4096)
+
+
+@pytest.mark.parametrize(
+    "words", [["--tokens", "0"], ["--seq-length", "-1"], ["--tokens", "100", "--seq-length", "64"]]
+)
+def test_a_roofline_of_no_tokens_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        roofline.main(words)
+    assert stopped.value.code == 2 and f"error: {words[0]} {words[1]}: " in capsys.readouterr().err
 
 
 def test_limits_are_the_larger_of_bytes_and_operations() -> None:

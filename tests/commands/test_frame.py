@@ -112,6 +112,21 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         process.wait()
 
 
+@pytest.mark.parametrize("words", [["plan", "examples/minimal.toml"], ["plan", "examples/minimal.toml", "--json"]])
+def test_tables_for_a_reader_that_has_gone_away(
+    words: list[str], stagemix_command: list[str], repository: Path
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [*stagemix_command, *words], stdout=write, stderr=subprocess.PIPE, timeout=60, cwd=repository
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_config_and_overrides_reach_the_config(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(

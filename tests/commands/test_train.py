@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import resource
 import shutil
 import signal
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import tiny_run
 from tiny_run import STEPS, curve_of, exit_record, make_run, rows_of, steps_in, train, validation_of
+
+from megatron.commands import train as train_command
+from megatron.commands.frame import run_command
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -66,6 +72,22 @@ def test_a_run_leaves_what_the_contract_names(undisturbed: Path) -> None:
     } <= {*state}
     assert (newest / "config.toml").read_bytes() == (output / "config.toml").read_bytes()
     assert state["data"]["consumed_samples"] == state["consumed_samples"] == STEPS * 8
+
+
+class _Abandoned(StringIO):
+    """What a pipe is once its reader has gone (`| head`): the third write fails."""
+
+    def write(self, text: str) -> int:
+        if self.tell() > 100:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+
+def test_B1_exit_json_has_the_code_of_a_run_whose_reader_went_away(tmp_path: Path) -> None:
+    with redirect_stdout(_Abandoned()):
+        code = run_command(train_command.main, [str(make_run(tmp_path))])
+    record = exit_record(tmp_path / "run")
+    assert code == record["code"] == 141 and record["reason"].startswith("BrokenPipeError")
 
 
 def test_a_complete_run_says_so(undisturbed: Path) -> None:

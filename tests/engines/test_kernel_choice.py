@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron.config.errors import ConfigError, UnavailableError
+from megatron.config.errors import UnavailableError
+from megatron.config.kernel_checks import compiling_obstacle
 from megatron.config.model_shape import resolve_model
-from megatron.config.schema import KernelsSection, ModelSection
-from megatron.engines import kernel_choice
+from megatron.config.schema import KernelsSection, ModelSection, ParallelSection
+from megatron.engines import kernel_choice, kernel_obstacles
 from megatron.engines.base import KernelChoice
 from megatron.engines.kernel_choice import choose_kernels
 from megatron.kernels.choice import Kernels
-from megatron.models.compiled_layers import obstacle_to_compiling
 
 SHAPE = resolve_model(ModelSection(preset="llama-tiny", seq_length=16), 64)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -43,7 +44,7 @@ def test_what_is_asked_for_is_taken_without_a_clock() -> None:
 
 
 def test_the_quickest_of_each_operation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_choice, "obstacle_of", lambda backend, device: None)
+    monkeypatch.setattr(kernel_choice, "backend_obstacle", lambda backend, device: None)
     seconds = {"norm": {"eager": 5, "compile": 3, "triton": 1}, "rope": {"eager": 1, "compile": 2, "triton": 0.995}}
     tried = []
 
@@ -61,7 +62,7 @@ def test_the_quickest_of_each_operation_is_kept(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_kernel_that_fails_is_passed_over_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_choice, "obstacle_of", lambda backend, device: None)
+    monkeypatch.setattr(kernel_choice, "backend_obstacle", lambda backend, device: None)
 
     def clock(kernels: Kernels) -> float:
         if kernels.norm == "triton":
@@ -101,7 +102,7 @@ def test_triton_without_a_gpu_is_refused_by_key(operation: str, monkeypatch: pyt
 
 
 def test_triton_that_is_not_installed_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernel_obstacles.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match="the triton package is not installed"):
         choose(norm="triton")
 
@@ -113,19 +114,25 @@ def test_attention_of_gpus_is_refused_on_a_cpu(attention: str) -> None:
 
 
 def test_fp8_is_refused_on_a_cpu() -> None:
-    with pytest.raises(UnavailableError, match="kernels.fp8 = true needs a GPU"):
+    with pytest.raises(UnavailableError, match="kernels.fp8 = true cannot run here: it needs a GPU"):
         choose(fp8=True)
 
 
 def test_layers_are_not_compiled_where_a_layout_forbids_it() -> None:
-    why = obstacle_to_compiling(True, "none", "attention")
+    why = compiling_obstacle(ParallelSection(pipeline=2, schedule="zero-bubble"), SHAPE)
     assert why is not None and "zero-bubble" in why
-    section = KernelsSection(compile="layers")
-    with pytest.raises(ConfigError, match="kernels.compile = layers is not possible: schedules that split"):
-        choose_kernels(section, SHAPE, torch.float32, (2, 16), why, device=CPU)
-    assert obstacle_to_compiling(False, "selective", "operations") is not None
-    assert obstacle_to_compiling(False, "none", "attention", dropout=0.1) is not None
-    assert obstacle_to_compiling(False, "full", "attention") is None
+    tried: list[Kernels] = []
+
+    def clock(kernels: Kernels) -> float:
+        tried.append(kernels)
+        return 1.0
+
+    choose_kernels(KernelsSection(), SHAPE, torch.float32, (2, 16), why, device=CPU, measure=clock)
+    assert tried and not any(kernels.compile_layers for kernels in tried)
+    selective = ParallelSection(recompute="selective", recompute_policy="operations")
+    assert compiling_obstacle(selective, SHAPE) is not None
+    assert compiling_obstacle(ParallelSection(), replace(SHAPE, hidden_dropout=0.1)) is not None
+    assert compiling_obstacle(ParallelSection(recompute="full"), SHAPE) is None
 
 
 def test_interpreted_kernels_are_not_compiled_into_layers(monkeypatch: pytest.MonkeyPatch) -> None:

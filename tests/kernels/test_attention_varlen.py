@@ -267,7 +267,7 @@ def test_candidates_and_reasons_here() -> None:
     assert "no backward pass on cpu" in str(attention_obstacle("flex", call))
     assert "before torch 2.15" in str(attention_obstacle("cudnn", gpu_call()))
     assert attention_obstacle("varlen", gpu_call(head_dim=100)) == (
-        "its kernels have head sizes of a multiple of 8 up to 256, and head_dim is 100"
+        "its kernels have head sizes from 8 to 256 in steps of 8, and head_dim is 100"
     )
 
 

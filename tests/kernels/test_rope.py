@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron.kernels.rope import RopeTable, rope, rope_fused_, rope_qk, rope_table
+from megatron.config.rope_scaling import rope_scaling_of
+from megatron.kernels.rope import RopeTable, rope, rope_frequencies, rope_fused_, rope_qk, rope_table
 
 
 @pytest.mark.parametrize(("size", "rotary"), [(8, 8), (8, 2), (6, 4)])
@@ -109,3 +112,70 @@ def test_what_is_refused() -> None:
     for other in (made(3, 3, 4), made(2, 4, 4), made(2, 3, 8), RopeTable(table.cos, table.sin[:1])):
         with pytest.raises(ValueError, match="angles"):
             rope_fused_(leaf * 1, other, 2, 1, 4)
+
+
+SCALINGS: list[dict[str, object]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 0.5,
+        "high_freq_factor": 3.0,
+        "original_max_position_embeddings": 100,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 2.0},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "attention_factor": 1.25},
+    {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.707,
+    },
+    {"rope_type": "yarn", "original_max_position_embeddings": 1024},
+]
+
+
+@pytest.mark.parametrize("size, part, theta", [(128, 1.0, 500000.0), (64, 0.75, 1e4), (8, 1.0, 100.0), (2, 1.0, 1e4)])
+@pytest.mark.parametrize("words", SCALINGS, ids=lambda words: "-".join(map(str, words.values())))
+def test_scaled_frequencies_are_those_of_transformers(
+    words: dict[str, object], size: int, part: float, theta: float
+) -> None:
+    longest = 131072
+    config = LlamaConfig(
+        hidden_size=4 * size,
+        num_attention_heads=4,
+        max_position_embeddings=longest,
+        rope_parameters=words | {"rope_theta": theta, "partial_rotary_factor": part, "factor": words.get("factor")},
+    )
+    expected, factor = ROPE_INIT_FUNCTIONS[str(words["rope_type"])](config, torch.device("cpu"))
+    scaling = rope_scaling_of(words, "words", longest)
+    assert scaling is not None and scaling.attention_scale == pytest.approx(factor, rel=1e-15)
+    found = rope_frequencies(int(size * part), theta, torch.float64, torch.device("cpu"), scaling)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
+    table = rope_table(torch.arange(9)[None], int(size * part), theta, torch.float32, scaling)
+    angles = torch.arange(9)[:, None] * expected
+    wanted = torch.cat((angles.cos(), angles.cos()), -1) * factor
+    torch.testing.assert_close(table.cos[0, 0, :, 0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_frequencies_are_made_once_and_serve_gradients() -> None:
+    scaling = rope_scaling_of({"rope_type": "linear", "factor": 7.0}, "words")
+    wanted = (4, 11.0, torch.float64, torch.device("cpu"), scaling)
+    with torch.inference_mode():
+        first = rope_frequencies(*wanted)
+        rope_table(torch.arange(3)[None], 4, 11.0, torch.float64, scaling)
+    assert rope_frequencies(*wanted) is first and not first.is_inference()
+    x = torch.randn(1, 1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    yarn = rope_scaling_of({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, "words")
+    for each in (scaling, yarn):
+        table = rope_table(torch.arange(3)[None], 4, 11.0, torch.float64, each)
+        torch.autograd.gradcheck(lambda y, table=table: rope(y, table), (x,))

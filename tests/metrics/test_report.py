@@ -106,7 +106,7 @@ def test_planned_and_realised_mixtures_agree_on_a_run_that_followed_its_plan(run
 def test_ledger_and_evaluation_stand_in_the_tables(html: str) -> None:
     assert "every source stays within one sample of its target" in html
     assert "58.0% ± 3.5" in html and "heldout_text_loss" in html and "1.96 standard errors" in html
-    assert "bf16: a step took" in html and "[[stages]]" in html
+    assert "<td>bf16</td>" in html and ">a step took 0.58 s" in html and "[[stages]]" in html
 
 
 def test_missing_parts_are_said(run: Path, tmp_path: Path) -> None:
@@ -175,6 +175,22 @@ def test_each_layout_is_shown_with_the_steps_that_it_trained(run: Path, tmp_path
     cut_after(tmp_path / "metrics.jsonl", 4)  # a start whose steps were set aside trained nothing that counts
     data = gather(with_starts(run, tmp_path, {5: ALONE | {"pipeline": "1f1b"}, 9: MANY}), [])
     assert data.facts["layout"] == f"steps 1–4: {SAID}; 5–8: one process, pipeline 1f1b, deepspeed; 9: {SAID}"
+
+
+def test_what_computed_is_shown_as_each_start_recorded_it(run: Path, tmp_path: Path) -> None:
+    before = {"precision": "fp32", "attention": "torch's SDPA", "kernels": "norm eager", "optimizer": "SGD"}
+    after = before | {
+        "precision": "bf16, fp32 master weights, fp32 gradients",
+        "kernels": "norm triton, layers compiled",
+    }
+    data = gather(with_starts(run, tmp_path, {1: before, 6: after}), [])
+    assert data.facts["precision"] == "steps 1–5: fp32; 6–9: bf16, fp32 master weights, fp32 gradients"
+    assert data.facts["kernels"] == "steps 1–5: norm eager; 6–9: norm triton, layers compiled"
+    assert data.facts["attention"] == "torch's SDPA" and data.facts["optimizer"] == "SGD"
+    assert "6–9: norm triton, layers compiled</td>" in render_report(data)
+    kept = gather(run, []).facts  # without a record, what checkpoint and config say
+    assert kept["precision"] == "bf16" and kept["optimizer"] == "adamw" and "kernels" not in kept
+    assert kept["why this choice of precision"] == "a step took 0.58 s in bf16, 1.21 s in fp32"
 
 
 def test_one_layout_needs_no_steps_and_what_was_not_recorded_is_said(run: Path, tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ import pytest
 from planned_runs import planned
 
 from megatron.commands import plan as plan_command
-from megatron.config.errors import StagemixError
+from megatron.config.errors import ConfigError, StagemixError
+from megatron.config.kernel_checks import check_kernels
 from megatron.config.layout import resolve_layout
 from megatron.config.layout_checks import BatchShape, check_layout
 from megatron.config.load import config_to_toml
 from megatron.config.model_shape import resolve_model
-from megatron.config.schema import ModelSection, OptimizerSection, ParallelSection, TrainSection
+from megatron.config.schema import KernelsSection, ModelSection, OptimizerSection, ParallelSection, TrainSection
 from megatron.planner.layout_bytes import rank_bytes, rank_tensors
-from megatron.planner.layout_plan import plan_layout
+from megatron.planner.layout_plan import default_processes, plan_layout
 
 MODEL = ModelSection(
     seq_length=64,
@@ -140,9 +141,51 @@ def test_a_plan_warns_of_exactly_what_train_refuses(parallel: dict[str, Any]) ->
     assert "ranks" not in found
 
 
-def run_file(folder: Path, model: dict[str, Any] | None = None, **parallel: Any) -> Path:
+FORBIDDEN: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"compile": "layers"}, {"pipeline": 2, "schedule": "zbv"}, "parallel.schedule = zbv splits the backward pass"),
+    ({"compile": "layers"}, {"recompute": "selective", "recompute_policy": "operations"}, "sees no operations inside"),
+    ({"compile": "layers"}, {"engine": "deepspeed"}, "was never compared with compiled layers"),
+    ({"cuda_graphs": True}, {"tensor": 2}, "does not go with 2 processes"),
+    ({"cuda_graphs": True, "attention": "unfused"}, {}, "does not go with kernels.attention = unfused"),
+    ({"fp8": True}, {"tensor": 2}, "is for one process, and there are 2"),
+    ({"attention": "cudnn"}, {"context": 2, "context_method": "gather"}, "keys are gathered over context ranks"),
+    ({"attention": "varlen"}, {}, "and attention here in float32"),
+]
+
+
+@pytest.mark.parametrize("kernels, parallel, words", FORBIDDEN)
+def test_a_plan_warns_of_kernels_that_train_refuses_in_the_same_words(
+    kernels: dict[str, Any], parallel: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(run_file(tmp_path, kernels=kernels, train={"precision": "fp32"}, **parallel)), "--json"]
+    if kernels.get("cuda_graphs"):
+        arguments += ["--set", "train.precision=bf16"]
+    plan_command.main(arguments)
+    (text,) = [row["text"] for row in json.loads(capsys.readouterr().out)["warnings"] if "the kernels" in row["text"]]
+    assert words in text and text.startswith("train will refuse the kernels: kernels.")
+    section = ParallelSection.model_validate(parallel)
+    train = TrainSection(global_batch_size=4, precision="bf16" if kernels.get("cuda_graphs") else "fp32")
+    with pytest.raises(ConfigError) as refused:
+        check_kernels(KernelsSection(**kernels), section, default_processes(section), SHAPE, train, train.precision)
+    assert text == f"train will refuse the kernels: {refused.value}"
+
+
+def test_kernels_that_the_layout_allows_are_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run_file(tmp_path, kernels={"compile": "layers", "attention": "varlen"}, pipeline=2, recompute="full")
+    plan_command.main([str(file), "--json"])
+    assert not [row for row in json.loads(capsys.readouterr().out)["warnings"] if "kernels" in row["text"]]
+
+
+def run_file(
+    folder: Path,
+    model: dict[str, Any] | None = None,
+    kernels: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    **parallel: Any,
+) -> Path:
     over = {"model": MODEL.model_dump(exclude_none=True) | (model or {}), "parallel": parallel}
-    over["train"] = {"global_batch_size": 4, "micro_batch_size": 1}
+    over["kernels"] = kernels or {}
+    over["train"] = {"global_batch_size": 4, "micro_batch_size": 1} | (train or {})
     config = planned(folder, **over)
     file = folder / "run.toml"
     file.write_text(config_to_toml(config))

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from made_runs import run_config
 
 from megatron.config.errors import ConfigError, UnavailableError
@@ -37,7 +36,7 @@ def kernels(config: RunConfig, kept: Kernels | None = None, processes: int = 1) 
         found = SimpleNamespace(state={"kernels": asdict(KernelChoice(asdict(kept), "measured long ago"))})
     job: Any = OneProcess()
     job.who = SimpleNamespace(world_size=processes, local_rank=0)
-    return chosen._kernels(config, SHAPE, torch.bfloat16, found, job)
+    return chosen._kernels(config, SHAPE, "bf16", found, job)
 
 
 def test_T2_what_a_checkpoint_kept_is_used_again_without_a_clock() -> None:
@@ -55,7 +54,7 @@ def test_what_is_asked_for_now_wins_over_what_was_kept() -> None:
 def test_T3_what_cannot_run_here_is_chosen_anew_and_said() -> None:
     choice = kernels(config_of(), Kernels(attention="varlen"))
     assert choice.kernels["attention"] == "blockwise"
-    assert "the checkpoint's cannot run here: attention = varlen" in choice.reason
+    assert "what the checkpoint kept is left: kernels.attention = varlen cannot run here" in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_graphs_are_refused_where_they_were_not_meant_for(sections: dict[str, An
 
 
 def test_graphs_without_a_gpu_and_fp8_on_several_processes_are_refused() -> None:
-    with pytest.raises(UnavailableError, match="kernels.cuda_graphs = true needs a GPU"):
+    with pytest.raises(UnavailableError, match="kernels.cuda_graphs = true cannot run here: it needs a GPU"):
         kernels(config_of(kernels={"cuda_graphs": True}))
     with pytest.raises(ConfigError, match="kernels.fp8 = true is for one process, and there are 2"):
         kernels(config_of(kernels={"fp8": True}), processes=2)
@@ -99,7 +98,7 @@ def test_graphs_without_a_gpu_and_fp8_on_several_processes_are_refused() -> None
 @pytest.mark.parametrize("kept", [Kernels(fp8=True), Kernels(cuda_graphs=True)], ids=["fp8", "cuda_graphs"])
 def test_what_a_checkpoint_kept_is_refused_as_a_new_run_would_be(kept: Kernels) -> None:
     asked = {"fp8": kept.fp8, "cuda_graphs": kept.cuda_graphs}
-    with pytest.raises(UnavailableError, match="needs a GPU"):
+    with pytest.raises(UnavailableError, match="cannot run here: it needs a GPU"):
         kernels(config_of(kernels=asked), kept)
 
 
@@ -109,6 +108,6 @@ def test_a_rank_that_cannot_run_what_rank_0_chose_says_so(monkeypatch: pytest.Mo
     job.who = SimpleNamespace(world_size=2, local_rank=0)
     job.share = lambda name, make: asdict(KernelChoice(asdict(Kernels(attention="varlen")), "by another rank"))
     with pytest.raises(
-        UnavailableError, match="cannot run on every process: kernels.attention = varlen: it is a kernel"
+        UnavailableError, match="cannot run on every process: kernels.attention = varlen cannot run here: it is"
     ):
-        chosen._kernels(config_of(), SHAPE, torch.bfloat16, None, job)
+        chosen._kernels(config_of(), SHAPE, "bf16", None, job)
