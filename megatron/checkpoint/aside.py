@@ -47,6 +47,26 @@ def made_aside(output: Path) -> Iterator[Path]:
             lock.unlink(missing_ok=True)  # still held: whoever waits for it looks whether it is the same file
 
 
+def check_apart(read: Path, output: Path, reads: str = "--input", writes: str = "--output") -> None:
+    """Refuses an output folder that is, holds or lies within what is read: it would change or replace its own source.
+
+    Links are followed; neither path has to be there. reads, writes: the two options' names. Raises ConfigError.
+    """
+    source, target = read.resolve(), output.resolve()
+    if source == target:
+        how = f"is the same path as {reads} {read}"
+    elif source in target.parents:
+        how = f"lies inside {reads} {read}"
+    elif target in source.parents:
+        how = f"holds {reads} {read}"
+    else:
+        return
+    raise ConfigError(
+        f"{writes} {output}: {how}: writing there would change or replace what is read:"
+        f" choose a folder beside it, neither inside it nor around it"
+    )
+
+
 def publish(aside: Path, output: Path, last: Callable[[], None] = lambda: None) -> None:
     """Makes everything in `aside` durable and renames it to `output`; what lies there is replaced. StorageError.
 

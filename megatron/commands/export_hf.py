@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
 
+from megatron.checkpoint.aside import check_apart
 from megatron.checkpoint.imported import ORIGIN
 from megatron.commands.transfer_progress import shown
 from megatron.config.errors import EXIT_DONE, ConfigError, StagemixError
@@ -103,11 +105,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and gives its exit code."""
     args = parser().parse_args(argv)
     size, card = parse_size(args.max_shard_size), _card(args)
-    if args.workers is not None and args.workers < 1:
-        raise ConfigError(f"--workers {args.workers}: at least one thread writes")
+    _check_numbers(args)
     if not args.check:
+        check_apart(args.input, args.output)
         check_free(args.output, args.overwrite)
     source = open_source(args.input, args.tokenizer, later=not args.check)
+    _note_small_tokenizer(args.tokenizer, source)
     texts = _held_out(source) if args.prove or args.check else None
     if args.check:
         dtype = folder_dtype(args.output)
@@ -131,6 +134,30 @@ def main(argv: list[str] | None = None) -> int:
         )
     _print_exported(exported, time.monotonic() - began)
     return EXIT_DONE
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what no export can be made or proven with."""
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(
+            f"--workers {args.workers}: at least one thread writes: give 1 or more, or leave it out for one a core"
+        )
+    if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
+        raise ConfigError(
+            f"--tolerance {args.tolerance}: is the largest difference of a logit that passes: give a number such as "
+            f"{TOLERANCE:g}, or leave it out"
+        )
+
+
+def _note_small_tokenizer(path: str | None, source: CheckpointSource) -> None:
+    """A named tokenizer with fewer ids than the model has words may be another model's: no proof sees it."""
+    given, words = source.tokenizer, source.shape.vocab_size
+    if path and given is not None and given.vocab_size < words:
+        _note(
+            f"note: --tokenizer {path} has {given.vocab_size:,} ids and the model {words:,} words: the others are "
+            "never given to it. The proof compares the models id by id, and cannot show that a tokenizer is the one "
+            "that the model was trained with"
+        )
 
 
 def _note(words: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron.checkpoint.aside import check_apart
 from megatron.commands.transfer_progress import shown
 from megatron.config.errors import EXIT_DONE
 from megatron.config.quantities import format_count
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and gives its exit code."""
     args = parser().parse_args(argv)
+    check_apart(args.input, args.output)
     began = time.monotonic()
     print(f"importing {args.input} to {args.output}", flush=True)
     with shown("import") as progress:
@@ -74,7 +76,7 @@ def summary(imported: Imported, seconds: float) -> list[str]:
     """What was imported, and the next commands."""
     shape, tokenizer = imported.shape, imported.tokenizer
     lines = [
-        f"{imported.architecture}, {format_count(shape.parameter_count())} parameters, {'/'.join(imported.dtypes)}, "
+        f"{imported.architecture}, {format_count(imported.parameters)} parameters, {'/'.join(imported.dtypes)}, "
         f"{imported.bytes / 1e9:.2f} GB, in {seconds:.1f} s: {imported.checkpoint}",
         f"  {shape.num_hidden_layers} layers of width {shape.hidden_size}, {shape.vocab_size:,} words, up to "
         f"{shape.max_position_embeddings:,} positions",

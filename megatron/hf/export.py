@@ -14,12 +14,13 @@ from typing import Any
 
 from megatron.checkpoint.aside import made_aside, publish, remove
 from megatron.checkpoint.imported import ORIGIN
+from megatron.checkpoint.room import check_room
 from megatron.checkpoint.storage import io_errors
 from megatron.config.errors import StorageError
 from megatron.config.version import VERSION
 from megatron.hf.architecture import architecture_for, config_json
 from megatron.hf.checkpoint_source import CheckpointSource
-from megatron.hf.export_checks import DTYPES, check_free, check_names, check_room, dtype_named, folder_dtype
+from megatron.hf.export_checks import DTYPES, check_free, check_names, dtype_named, folder_dtype
 from megatron.hf.export_record import ExportRecord
 from megatron.hf.import_weights import INDEX
 from megatron.hf.model_card import CardWords, model_card

@@ -1,16 +1,15 @@
-"""What is looked at before an export writes its first byte: the place, the room on the disk, the tensors' names."""
+"""What is looked at before an export writes its first byte: the place, the tensors' names."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.storage import io_errors
 from megatron.checkpoint.tensor_shards import TensorSource
-from megatron.config.errors import CheckpointError, ConfigError, StorageError
+from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
 from megatron.hf.architecture import architecture_for
 from megatron.hf.name_table import entries, our_size
@@ -18,7 +17,18 @@ from megatron.hf.name_table import entries, our_size
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEEP = "keep"
 """As --dtype: what is stored."""
-_SMALL_FILES = 32 * 10**6
+_OURS = re.compile(
+    r"config\.json|generation_config\.json|model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|chat_template\.jinja"
+    r"|README\.md|training_ledger\.json|origin\.json|proof\.json|proof\.md"
+)
+"""Files that an export writes."""
+_MARKS = {
+    "proof.json": ("format", "passed", "comparisons"),
+    "training_ledger.json": ("run", "step"),
+    "origin.json": ("kind",),
+}
+"""Files that only an export of ours has, and keys that are in them."""
 
 
 def check_free(output: Path, overwrite: bool) -> None:
@@ -27,21 +37,29 @@ def check_free(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{output}: exists already: choose another --output, or say --overwrite")
-    if not (output / "config.json").is_file():
-        raise ConfigError(f"{output}: is not a Hugging Face model folder (no config.json), so it is not overwritten")
-
-
-def check_room(aside: Path, needed: int) -> None:
-    """Raises StorageError where the disk has no room for so many bytes, less what lies in `aside` already."""
-    with io_errors(aside, "look at the disk of"):
-        there = sum(path.stat().st_blocks * 512 for path in aside.rglob("*")) if aside.exists() else 0
-        free = shutil.disk_usage(aside.parent).free
-    missing = needed + _SMALL_FILES - there - free
-    if missing > 0:
-        raise StorageError(
-            f"{aside.parent}: the export needs {(needed - there) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free "
-            f"{missing / 1e9:.2f} GB, or choose an --output on another disk; nothing was written"
+    if not output.is_dir() or not (output / "config.json").is_file() or not _is_export(output):
+        raise ConfigError(
+            f"{output}: is not a folder that export_hf made (config.json and one of {', '.join(_MARKS)}), so it is not "
+            "overwritten: choose another --output, or remove it yourself"
         )
+    foreign = sorted(path.name for path in output.iterdir() if not _OURS.fullmatch(path.name) or not path.is_file())
+    if foreign:
+        more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
+        raise ConfigError(
+            f"{output}: holds what no export writes, and --overwrite would remove it: {', '.join(foreign[:8])}{more}: "
+            "move it elsewhere, or choose another --output"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    for name, keys in _MARKS.items():
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and content.keys() >= set(keys):
+            return True
+    return False
 
 
 def check_names(weights: TensorSource, shape: ModelShape) -> None:

@@ -32,11 +32,13 @@ _READ = ("*.json", "*.safetensors", "*.model", "*.tiktoken")
 
 @dataclass(frozen=True)
 class Imported:
-    """An import that was published. tokenizer: None where the checkpoint has none, for the reason in `notes`."""
+    """An import that was published. parameters: of the model, a tied head once, without the padding of the vocabulary.
+    tokenizer: None where the checkpoint has none, for the reason in `notes`."""
 
     checkpoint: Path
     architecture: str
     shape: ModelShape
+    parameters: int
     dtypes: tuple[str, ...]
     bytes: int
     tokenizer: Tokenizer | None
@@ -71,7 +73,11 @@ def import_folder(
     opened = None if without_tokenizer else _tokenizer(folder, tokenizer, shape, notes)
     files = opened.files() if opened else []
     architecture, name = architecture_for(shape).name, model_name(folder)
-    origin = {"kind": KIND, "folder": name, "architecture": architecture, "tokens": read_token_ids(folder).to_json()}
+    ids = read_token_ids(folder)
+    notes += [
+        f"{words}: text never holds it, and generation never ends at it" for words in ids.beyond(shape.vocab_size)
+    ]
+    origin = {"kind": KIND, "folder": name, "architecture": architecture, "tokens": ids.to_json()}
     hashes, place = _Hashes(folder), output.absolute()
     write_imported(
         output,
@@ -88,7 +94,7 @@ def import_folder(
     found = {name: DTYPES[dtype] or source.dtype(name) for name in source.names()}
     dtypes = tuple(sorted({str(item).removeprefix("torch.") for item in found.values()}))
     size = sum(prod(source.shape(name)) * item.itemsize for name, item in found.items())
-    return Imported(output, architecture, shape, dtypes, size, opened, tuple(notes))
+    return Imported(output, architecture, shape, source.parameters, dtypes, size, opened, tuple(notes))
 
 
 def model_name(folder: Path) -> str:

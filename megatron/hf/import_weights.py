@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class HuggingFaceTensors:
         self._folder = Path(folder)
         self._model = shape
         self._places: dict[str, tuple[Entry, int, str]] = {}
-        found = _headers(tensor_files(self._folder))
+        self._files = tensor_files(self._folder)
+        found = _headers(self._files)
         self._stored = StoredTensors(self._folder, found)
         family = check_config(self._folder, shape)
         unknown = {name for name in found if not name.endswith(family.buffers)}
@@ -86,6 +88,17 @@ class HuggingFaceTensors:
                 f"{self._folder}: tensor {name} is of {found['dtype']}: weights are {', '.join(_TRAINABLE)}: convert "
                 "the model first"
             )
+
+    @property
+    def parameters(self) -> int:
+        """Of the model: a tied head counts once, padding of the vocabulary not at all."""
+        theirs = {entry.theirs: entry for entry, _, _ in self._places.values()}
+        return sum(prod(their_size(entry, self._model)) for entry in theirs.values())
+
+    def stored_at(self, name: str) -> str:
+        """The file and their name of the tensor that holds one of ours, for people."""
+        theirs = self._places[name][2]
+        return f"{self._files[theirs].name} (as {theirs})"
 
     def names(self) -> Iterable[str]:
         """Every one of our names."""

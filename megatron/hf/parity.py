@@ -46,6 +46,7 @@ def prove(
     source: what the folder must hold, by our names, vocabulary padding of any value. dtype: of the folder, to which
     the source's weights are rounded. extent: "whole", "layers" or "auto", by the available memory.
     """
+    compared, damage = _tensors(folder, source, dtype, shape)
     weights = RoundedWeights(source, dtype)
     longest = max(len(prompt.tokens) for prompt in prompts)
     chosen, reason = choose_extent(extent, shape, longest)
@@ -54,8 +55,18 @@ def prove(
     if not proof.passed:
         if chosen == "whole":
             proof = replace(proof, layers=_layers_at_fault(folder, weights, shape, prompts))
-        raise ProofError(_failure(folder, proof))
-    return replace(proof, tensors_compared=compare_tensors(folder, source, dtype, shape))
+        raise ProofError(_failure(folder, proof, damage))
+    if damage:
+        raise ProofError(damage)
+    return replace(proof, tensors_compared=compared)
+
+
+def _tensors(folder: Path, source: TensorSource, dtype: torch.dtype, shape: ModelShape) -> tuple[int, str]:
+    """(how many are equal bit for bit, what is wrong with the first that is not): looked at before any model runs."""
+    try:
+        return compare_tensors(folder, source, dtype, shape), ""
+    except ProofError as error:
+        return 0, str(error)
 
 
 def _whole(
@@ -95,7 +106,8 @@ def _layers_at_fault(
         return []
 
 
-def _failure(folder: Path, proof: Proof) -> str:
+def _failure(folder: Path, proof: Proof, damage: str) -> str:
+    """damage: what is wrong with the folder's files, which then is the cause, and is said first."""
     worst = max(
         (*proof.comparisons, *proof.padded),
         key=lambda item: (
@@ -103,8 +115,9 @@ def _failure(folder: Path, proof: Proof) -> str:
             item.largest_logit_difference,
         ),
     )
-    words = (
-        f"{folder}: parity proof failed: the largest logit difference to transformers {proof.transformers} is "
+    words = damage or f"{folder}: parity proof failed"
+    words += (
+        f"{'; ' if damage else ': '}the largest logit difference to transformers {proof.transformers} is "
         f"{proof.largest_logit_difference:.3g} (tolerance {proof.tolerance:g}), on {worst.length} tokens of "
         f"{worst.text}"
     )
@@ -113,6 +126,8 @@ def _failure(folder: Path, proof: Proof) -> str:
             f"; in cached generation it is {proof.generation.largest_logit_difference:.3g}, and "
             f"{len(proof.generation.partings)} greedy tokens differ"
         )
+    if damage and all(layer.passes(proof.tolerance) for layer in proof.layers):
+        return words
     return words + (f"; {_fault(proof.layers, proof.tolerance)}" if proof.layers else "")
 
 

@@ -30,7 +30,8 @@ def prompts_from(
     """Prompts of 1, 2, 17, half and all of the model's positions (at most `longest`), cut from each text's tokens in
     turn; of full length one from every text.
 
-    Texts that are too short are repeated. One more prompt of random ids reaches the rare rows of the embedding.
+    Texts that are too short are repeated. One more prompt of random ids reaches the rare rows of the embedding; where
+    there is no text, prompts of every length are random ids.
     """
     full = min(shape.max_position_embeddings, longest)
     lengths = sorted({1, min(2, full), min(_ODD, full), max(1, full // 2), full})
@@ -41,8 +42,12 @@ def prompts_from(
         for name, tokens in chosen:
             prompts.append(Prompt(name, (tokens * (length // len(tokens) + 1))[:length]))
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(shape.vocab_size, (full,), generator=generator).tolist()
-    return [*prompts, Prompt("random ids", ids)]
+    of_random = [full] if named else [full, *lengths[:-1]]
+    random = [
+        Prompt("random ids", torch.randint(shape.vocab_size, (length,), generator=generator).tolist())
+        for length in of_random
+    ]
+    return [*prompts, *sorted(random, key=lambda prompt: len(prompt.tokens))]
 
 
 def shortened(prompts: Sequence[Prompt], longest: int) -> list[Prompt]:

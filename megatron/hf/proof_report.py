@@ -22,7 +22,7 @@ def write_proof(folder: Path, proof: Proof, more: dict[str, Any]) -> None:
 
 def proof_lines(proof: Proof) -> list[str]:
     """For the terminal."""
-    lines = [f"{_EXTENT[proof.extent]}: {proof.reason}"]
+    lines = [f"{_EXTENT[proof.extent]}: {proof.reason}", what_was_compared(proof)]
     lines += [f"{'tokens':>7}  {'logit difference':>16}  {'NLL difference':>14}  {'greedy agrees':>13}  text"]
     lines += [_line(item, "") for item in proof.comparisons]
     lines += [_line(item, ", in a padded batch") for item in proof.padded]
@@ -42,6 +42,23 @@ def proof_lines(proof: Proof) -> list[str]:
     return lines
 
 
+def what_was_compared(proof: Proof) -> str:
+    """In a sentence: which prompts, how laid out, and what of them."""
+    lengths = sorted({item.length for item in proof.comparisons})
+    count, sizes = len(proof.comparisons), ", ".join(map(str, lengths))
+    generated = "none" if proof.generation is None else f"{proof.generation.new_tokens} new tokens"
+    if proof.extent == "layers":
+        return (
+            f"compared: the hidden states behind every layer and the logits of {count} prompts of {sizes} tokens (a "
+            "longer prompt is cut), all in one batch padded on the right; none by itself, and in a batch padded on the "
+            f"left only cached generation ({generated}); --proof whole compares more where memory is enough"
+        )
+    return (
+        f"compared: the logits of {count} prompts of {sizes} tokens, each by itself; {len(proof.padded)} of them again "
+        f"in one batch padded on the left (a longer prompt is cut); cached generation ({generated})"
+    )
+
+
 def proof_page(proof: Proof) -> str:
     """Markdown."""
     verdict = "proven" if proof.passed else "not proven"
@@ -52,6 +69,8 @@ def proof_page(proof: Proof) -> str:
         f"are stored ({proof.dtype}): **{verdict}**. The largest difference of a logit is "
         f"{proof.largest_logit_difference:.3e}, the tolerance {proof.tolerance:g}. {proof.tensors_compared} tensors "
         f"were read back and are equal bit for bit. Compared {_EXTENT[proof.extent]}: {proof.reason}.",
+        "",
+        f"What was {what_was_compared(proof)}.",
         "",
         "## Logits",
         "",

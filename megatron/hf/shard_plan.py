@@ -39,7 +39,7 @@ def parse_size(words: str) -> int:
         raise ConfigError(f'--max-shard-size {words!r}: write a size such as "5GB", "500MB" or "2GiB"')
     size = int(float(match.group(1)) * units[match.group(2).lower()])
     if size < 1:
-        raise ConfigError(f"--max-shard-size {words!r}: a file holds at least one byte")
+        raise ConfigError(f'--max-shard-size {words!r}: a file holds at least one byte: write a size such as "5GB"')
     return size
 
 

@@ -27,6 +27,17 @@ class TokenIds:
         """For the record of an import."""
         return {"config": dict(self.config), "generation_config": dict(self.generation)}
 
+    def beyond(self, words: int) -> list[str]:
+        """Sentences on ids that a model of so many words does not have, with file, field and value."""
+        found = []
+        for name, content in ((_CONFIG, self.config), (_GENERATION, self.generation)):
+            for key in KEYS:
+                value = content.get(key)
+                ids = value if isinstance(value, list) else [value]
+                if any(id is not None and not 0 <= id < words for id in ids):
+                    found.append(f"{name}: {key} = {value}, and the model has {words:,} words, 0 to {words - 1}")
+        return found
+
 
 def read_token_ids(folder: Path) -> TokenIds:
     """What a Hugging Face folder says. Raises CheckpointError where a file is no JSON object, or an id no number."""

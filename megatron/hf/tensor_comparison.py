@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import CheckpointError, ProofError
@@ -41,8 +42,26 @@ def _compare(
     for begin in range(0, rows, step):
         offset, box = (begin, *(0 for _ in whole[1:])), (min(step, rows - begin), *whole[1:])
         wanted, found = source.read(name, offset, box).to(dtype), read.read(name, offset, box)
-        if found.dtype != dtype or not torch.equal(wanted, found):
-            raise ProofError(
-                f"{folder}: parity proof failed: tensor {name} read back differs from the checkpoint's"
-                + (f" (it is {found.dtype}, not {dtype})" if found.dtype != dtype else "")
-            )
+        if found.dtype != dtype:
+            how = f" (it is {found.dtype}, not {dtype})"
+        elif not torch.equal(_bits(wanted), _bits(found)):
+            how = _where(wanted, found, begin)
+        else:
+            continue
+        raise ProofError(
+            f"{folder}: parity proof failed: tensor {name} read back differs from the checkpoint's{how}, in "
+            f"{read.stored_at(name)}"
+        )
+
+
+def _bits(values: Tensor) -> Tensor:
+    """As integers: so that -0.0 is not 0.0."""
+    return values.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+
+
+def _where(wanted: Tensor, found: Tensor, begin: int) -> str:
+    """How many values differ in this box of rows from `begin` on, and the first of them."""
+    places = (_bits(wanted) != _bits(found)).nonzero()
+    first = tuple(places[0].tolist())
+    place = [first[0] + begin, *first[1:]]
+    return f" at {place} ({len(places)} there: {found[first].item():.9g} instead of {wanted[first].item():.9g})"

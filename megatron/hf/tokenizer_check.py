@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import ProofError
+from megatron.hf.special_token_ids import stated_config
 from megatron.tokenizers.base import Tokenizer
 
 TRICKY = (
@@ -58,6 +59,8 @@ def check_as_imported(fast: Any, tokenizer: Tokenizer, texts: Iterable[str]) -> 
     """Compares the ids of `fast` (from AutoTokenizer) with those of the imported tokenizer.json as it was: with special
     tokens in a text, and with and, of short texts, without those that it puts around. Gives the bytes compared.
 
+    Names of special tokens in a text are text where the imported tokenizer_config.json says split_special_tokens, as
+    AutoTokenizer reads it; else they are the tokens.
     Raises ProofError that shows the first difference.
     """
     from tokenizers import Tokenizer as FastTokenizer
@@ -65,6 +68,7 @@ def check_as_imported(fast: Any, tokenizer: Tokenizer, texts: Iterable[str]) -> 
     original = FastTokenizer.from_file(str(tokenizer.files()[0]))
     original.no_truncation()
     original.no_padding()
+    original.encode_special_tokens = stated_config(tokenizer).get("split_special_tokens") is True
     compared = 0
     names = " ".join(tokenizer.special_ids)
     for text in (*texts, names, f"before {names} after"):
@@ -73,7 +77,8 @@ def check_as_imported(fast: Any, tokenizer: Tokenizer, texts: Iterable[str]) -> 
             found = fast(text, add_special_tokens=added)["input_ids"]
             if wanted != found:
                 kind = f"the imported tokenizer (add_special_tokens={added})"
-                raise ProofError(_difference(kind, "the original", tokenizer, wanted, found) + _why(fast))
+                words = _difference(kind, "the original", tokenizer, wanted, found)
+                raise ProofError(words + (_why(fast) or _remedy(tokenizer)))
         compared += len(text.encode("utf-8", "surrogatepass"))
     return compared
 
@@ -84,6 +89,15 @@ def _difference(kind: str, who: str, tokenizer: Tokenizer, wanted: Sequence[int]
     return (
         f"the exported tokenizer differs from {kind}: at token {at}, near {near!r}: {who} gives {wanted[at : at + 6]}, "
         f"the export {found[at : at + 6]}"
+    )
+
+
+def _remedy(tokenizer: Tokenizer) -> str:
+    """What a user can do about an imported tokenizer that does not come out again."""
+    return (
+        f". The original is {tokenizer.files()[0]} with the tokenizer_config.json beside it: see that both are of one "
+        "tokenizer and import the model again, name the right one with --tokenizer PATH, or export with --no-prove and "
+        "copy the original's tokenizer files into the folder"
     )
 
 

@@ -21,7 +21,6 @@ from megatron.checkpoint.manager import CheckpointManager, open_checkpoint
 from megatron.checkpoint.tensor_shards import WholeTensors, whole_shards
 from megatron.commands.export_hf import main
 from megatron.config.errors import CheckpointError, ConfigError, StorageError
-from megatron.hf import export_checks
 from megatron.hf.architecture import architecture_for
 from megatron.hf.checkpoint_source import open_source
 from megatron.hf.export import Exported, Writing, export_checkpoint
@@ -219,7 +218,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     models: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(export_checks.shutil, "disk_usage", lambda _: usage._replace(free=20_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000))
     with pytest.raises(StorageError, match=r"needs 0\.00 GB and 0\.02 GB are free"):
         streamed(models["llama"][1], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

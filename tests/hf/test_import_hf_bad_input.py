@@ -180,3 +180,16 @@ def test_out_of_disk_midway(folder: Path, tmp_path: Path) -> None:
     done = run("import_hf", "--input", folder, "--output", tmp_path / "checkpoint", before=limit)
     assert done.returncode == 74 and "File too large" in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_null_epsilon_is_no_default(folder: Path) -> None:
+    set_config(folder, rms_norm_eps=None)
+    refused(folder, ConfigError, r"config\.json: rms_norm_eps is null, and must be a number")
+
+
+def test_ids_beyond_the_vocabulary_are_told(folder: Path, tmp_path: Path) -> None:
+    set_config(folder, eos_token_id=5000)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7000]}))
+    notes = "\n".join(import_folder(folder, tmp_path / "checkpoint").notes)
+    assert "config.json: eos_token_id = 5000, and the model has 101 words" in notes
+    assert "generation_config.json: eos_token_id = [1, 7000]" in notes

@@ -164,7 +164,9 @@ def test_prompts_have_all_lengths_and_rare_words() -> None:
     assert [len(prompt.tokens) for prompt in prompts] == [1, 2, 16, 17, 32, 32, 32]
     assert {prompt.text for prompt in prompts} == {"a", "b", "random ids"}
     assert prompts[0].tokens == [1] and prompts[4].tokens == ([1, 2, 3] * 11)[:32]
-    assert prompts[-1].tokens == prompts_from({}, shape)[0].tokens
+    alone = prompts_from({}, shape)
+    assert [len(prompt.tokens) for prompt in alone] == [1, 2, 16, 17, 32]
+    assert {prompt.text for prompt in alone} == {"random ids"} and alone[-1].tokens == prompts[-1].tokens
     assert [len(p.tokens) for p in prompts_from({"a": [1]}, shape, longest=8)] == [1, 2, 4, 8, 8]
     assert [len(p.tokens) for p in shortened(prompts, 3)] == [1, 2, 3, 3, 3]
 
@@ -185,6 +187,8 @@ def test_the_report_says_what_was_found(tmp_path: Path, folders: dict[str, Path]
     page, lines = (tmp_path / "proof.md").read_text(), "\n".join(proof_lines(proof))
     assert "**proven**" in page and "| embedding |" in page and "layer by layer" in page
     assert lines.endswith("proven") and "12 of 12 agree" in lines and "hidden states of 3 layers" in lines
+    assert "in one batch padded on the right; none by itself" in lines and "What was compared: " in page
+    assert "compared: the logits of" in "\n".join(proof_lines(proven(folders["olmo2"], folders["olmo2"], "whole")))
     bad = Proof(
         1e-4,
         "float32",

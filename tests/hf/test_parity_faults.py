@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hf.tiny_families import CONFIGS, make_tiny, proven, tampered
 from torch import Tensor
 
@@ -90,16 +91,15 @@ def test_C3_learned_positions_are_part_of_the_embedding(extent: str, folders: di
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
-def test_C3_the_last_norm_and_the_head_are_named_where_all_layers_agree(
-    extent: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_C3_the_tensor_is_named_where_all_layers_agree(extent: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tampered(
         folders["llama"],
         tmp_path / "bad",
         lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 1.01}),
     )
-    with pytest.raises(ProofError, match="the last norm or the head differs"):
+    with pytest.raises(ProofError, match="tensor final_norm.weight read back differs .*logit difference") as caught:
         proven(folder, folders["llama"], extent)
+    assert "(as model.norm.weight)" in str(caught.value) and "layer" not in str(caught.value)
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
@@ -112,6 +112,25 @@ def test_C3_a_change_too_small_for_the_logits_is_found_too(
     folder = tampered(folders["llama"], tmp_path / "bad", change)
     with pytest.raises(ProofError, match=r"tensor layers\.1\.mlp\.up\.weight read back differs"):
         proven(folder, folders["llama"], extent)
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_C3_one_flipped_bit_is_named_with_tensor_and_file(
+    extent: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The highest bit of an exponent, and a sign of zero, which compares equal as a number."""
+    for bit, zero in ((30, False), (31, True)):
+        original = folders["llama"]
+        if zero:
+            original = tampered(original, tmp_path / "zero", lambda tensors: tensors["lm_head.weight"][5, 3:4].zero_())
+
+        def flip(tensors: dict[str, Tensor], bit: int = bit) -> None:
+            tensors["lm_head.weight"].view(torch.int32)[5, 3] ^= -(2**31) if bit == 31 else 2**bit
+
+        folder = tampered(original, tmp_path / f"bad-{bit}", flip)
+        with pytest.raises(ProofError, match=r"tensor head\.weight .* at \[5, 3\] .*model\.safetensors") as caught:
+            proven(folder, original, extent)
+        assert "the last norm or the head" not in str(caught.value)
 
 
 @pytest.mark.parametrize("extent", EXTENTS)

@@ -51,6 +51,10 @@ class Key:
         """The field's value. Raises ConfigError for a value of another kind."""
         value = config.get(self.theirs)
         if value is None:
+            if self.theirs in config and self.null is _SAME and type(self.default) in (int, float):
+                raise ConfigError(
+                    f"{self.theirs} is null, and must be a number: write it, or leave the key out for {self.default}"
+                )
             left_out = self.theirs not in config or self.null is _SAME
             other = self.default if left_out else self.null
             return other(found) if callable(other) else other
