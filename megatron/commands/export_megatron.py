@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from megatron.checkpoint.aside import check_apart
 from megatron.commands.transfer_progress import shown
 from megatron.config.errors import EXIT_DONE
 from megatron.config.quantities import format_count
@@ -71,11 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and gives its exit code."""
     args = parser().parse_args(argv)
     began = time.monotonic()
+    check_apart(args.input, args.output)
     check_free(args.output, args.overwrite)
     source = open_source(args.input)
     layout = MegatronLayout(args.tensor, args.pipeline, args.format, args.divisible_by)
     check_layout(source.shape, layout)
-    print(f"exporting {source.name} to {args.output}", flush=True)
+    words = f"{source.shape.vocab_size:,} words padded to {layout.words(source.shape):,}"
+    print(f"exporting {source.name} to {args.output}: {words}", flush=True)
     dtype = None if args.dtype == KEEP else DTYPES[args.dtype]
     with shown("export") as progress:
         size = export_megatron(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.aside import check_apart
 from megatron.checkpoint.imported import check_free, write_imported
 from megatron.commands.transfer_progress import shown
 from megatron.config.errors import EXIT_DONE, ConfigError, DataError
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and gives its exit code."""
     args = parser().parse_args(argv)
     began = time.monotonic()
+    check_apart(args.input, args.output)
     check_free(args.output, args.overwrite)
     opened = open_foreign(
         args.input,
@@ -111,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(found_lines(opened)), flush=True)
         tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
         shape = foreign_shape(opened, words_of(opened, tokenizer, args.vocab_size))
+        if doubts := opened.padding.doubts(shape.vocab_size):
+            print(f"  note: {doubts}", flush=True)
         with shown("import") as progress:
             write(opened, shape, tokenizer, args, progress)
         print("\n".join(done_lines(opened, shape, args, time.monotonic() - began)))
@@ -128,6 +132,8 @@ def words_of(opened: ForeignCheckpoint, tokenizer: Tokenizer | None, said: int |
         )
     if said is not None and not 1 <= said <= opened.words:
         raise ConfigError(f"--vocab-size {said}: the embedding has {opened.words} rows, padding included")
+    if said is None and tokenizer is not None:
+        opened.padding.check(tokenizer.vocab_size, f"the tokenizer {tokenizer.name}")
     return said or (tokenizer.vocab_size if tokenizer else opened.words)
 
 

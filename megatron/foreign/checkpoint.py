@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import ModelSection
 from megatron.foreign.megatron_args import COMPARED, ForeignModel, model_of_args
+from megatron.foreign.megatron_args import READ as MEGATRON_READ
 from megatron.foreign.megatron_folder import MegatronFiles, open_megatron
 from megatron.foreign.megatron_weights import Habits, drifted, megatron_tensors
+from megatron.foreign.neox_config import READ as NEOX_READ
 from megatron.foreign.neox_config import config_paths, fields_of_config, read_configs
 from megatron.foreign.neox_folder import NeoxFiles, is_neox_folder, open_neox
 from megatron.foreign.neox_weights import NeoxLayers, neox_tensors
+from megatron.foreign.padding import Padding, padding_of
 from megatron.foreign.pieces import ForeignTensors
 from megatron.foreign.torch_file import TorchFile, require_allowed
 
@@ -27,8 +31,9 @@ from megatron.foreign.torch_file import TorchFile, require_allowed
 class ForeignCheckpoint:
     """An opened checkpoint.
 
-    trainer: who wrote it. model: what it is in our words. words: rows of its embedding, padding included. said: lines
-    for the user. tensors: its weights, for the shape that `foreign_shape` gives. notes: of what reading them shows.
+    trainer: who wrote it. model: what it is in our words. padding: how many rows of its embedding can be
+    that. said: lines for the user. tensors: its weights, for the shape that `foreign_shape` gives. notes: of what
+    reading them shows.
     """
 
     trainer: str
@@ -36,12 +41,17 @@ class ForeignCheckpoint:
     step: int | str
     ranks: str
     model: ForeignModel
-    words: int
+    padding: Padding
     said: Sequence[str]
     ignored: Sequence[str]
     tensors: Callable[[ModelShape], ForeignTensors]
     notes: Callable[[], list[str]]
     files: Sequence[TorchFile]
+
+    @property
+    def words(self) -> int:
+        """Rows of its embedding, padding included."""
+        return self.padding.rows
 
     def fields(self, vocab_size: int | None) -> dict[str, Any]:
         """Keys of the [model] table. vocab_size: ids that are used; None: every row of the embedding."""
@@ -75,6 +85,7 @@ def open_foreign(
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder: give the folder that Megatron-LM or GPT-NeoX saved into")
     require_allowed(pickles_allowed, path)
+    _check_known(overrides or {}, NEOX_READ if is_neox_folder(path) else MEGATRON_READ)
     if is_neox_folder(path):
         return _neox(path, iteration, configs, overrides or {}, verify)
     if configs:
@@ -106,6 +117,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in words:
         name, equals, value = item.partition("=")
+        name = name.replace("-", "_")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--set {item}: give NAME=VALUE with the name of an argument")
         try:
@@ -115,13 +127,25 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def _check_known(overrides: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises ConfigError for an argument said anew that nothing here reads, with the nearest that something does."""
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+            raise ConfigError(
+                f"--set {name}: no argument of this name is read"
+                + (f": did you mean {near[0]}?" if near else ": docs/megatron.md lists those that are")
+            )
+
+
 def _megatron(files: MegatronFiles, overrides: Mapping[str, Any]) -> ForeignCheckpoint:
     args = {**files.args, **overrides}
     model = model_of_args(args, str(files.files[0].path), files.version, files.era, overrides)
     first = files.chunks[0][0].get("embedding.weight")
     if first is None:
         raise CheckpointError(f"{files.files[0].path}: holds no embedding of words: not a GPT of Megatron-LM")
-    words = sum(rank["embedding.weight"].shape[0] for rank in files.chunks[0])
+    padding = padding_of([rank["embedding.weight"] for rank in files.chunks[0]], args, str(files.files[0].path))
+    words = padding.rows
     said = args.get("padded_vocab_size")
     if isinstance(said, int) and said != words:
         raise CheckpointError(
@@ -150,7 +174,7 @@ def _megatron(files: MegatronFiles, overrides: Mapping[str, Any]) -> ForeignChec
         files.iteration,
         ranks,
         model,
-        words,
+        padding,
         lines,
         [*files.ignored, *model.ignored],
         lambda shape: megatron_tensors(files, shape, model.habits),
@@ -164,25 +188,27 @@ def _neox(
 ) -> ForeignCheckpoint:
     files: NeoxFiles = open_neox(path, step, verify)
     paths = config_paths(files.folder, configs)
-    config = {**read_configs(paths), **overrides}
+    read = read_configs(paths)
+    config = {**read, **overrides}
     where = ", ".join(map(str, paths))
     fields = fields_of_config(config, where)
     _check_neox_args(files, config, where)
     shown = NeoxLayers(files).shown_by_weights(fields["gated_mlp"])
     fields |= {key: value for key, value in shown.items() if value or key != "query_key_value_bias"}
-    words = sum(rank["word_embeddings.weight"].shape[0] for rank in files.layers.get(0, []) if rank)
-    if not words:
+    parts = [rank["word_embeddings.weight"] for rank in files.layers.get(0, []) if "word_embeddings.weight" in rank]
+    if not parts:
         raise CheckpointError(f"{files.folder}: layer 0 holds no word_embeddings.weight")
     model = replace(_neox_model(fields, config), ignored=tuple(files.ignored))
     ranks = f"{files.model_ranks} model-parallel ranks"
     lines = [f"{ranks}, {len(files.files)} files, configs {', '.join(item.name for item in paths)}", *model.said]
+    lines += [f"--set {name}: {overrides[name]!r} instead of {read.get(name)!r:.60}" for name in overrides]
     return ForeignCheckpoint(
         "GPT-NeoX",
         files.folder,
         files.step,
         ranks,
         model,
-        words,
+        padding_of(parts, config, where),
         lines,
         files.ignored,
         lambda shape: neox_tensors(files, shape),

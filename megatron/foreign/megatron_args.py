@@ -14,6 +14,7 @@ from megatron.config.errors import CheckpointError, ConfigError
 from megatron.foreign.inert_pickle import Stub
 from megatron.foreign.megatron_names import Era
 from megatron.foreign.megatron_weights import Habits
+from megatron.foreign.padding import DIVISIBLE_BY
 
 _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 _DEFAULTS: dict[str, Any] = {
@@ -86,6 +87,11 @@ COMPARED = (
     *_DEFAULTS,
 )
 """Arguments that all ranks' files must have alike."""
+
+READ = frozenset(
+    (*_NEEDED, *_DEFAULTS, *_OLDER_NAMES.values(), *_ONLY, DIVISIBLE_BY),
+)
+"""Every argument that has a meaning here, under either of its names."""
 
 _TRAINING = (
     "hidden_dropout",

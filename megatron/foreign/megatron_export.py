@@ -9,6 +9,7 @@ import argparse
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.aside import made_aside, publish, remove
+from megatron.checkpoint.room import check_room
 from megatron.checkpoint.storage import io_errors
 from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import ConfigError
@@ -23,6 +25,9 @@ from megatron.config.model_shape import ModelShape
 from megatron.foreign.megatron_args_written import args_for, refusals
 from megatron.foreign.megatron_folder import FILES, TRACKER
 from megatron.foreign.megatron_names import Spelling, extra_states, nested, written_name
+
+_DIVISIBLE_BY = 128
+"""Megatron-LM's own default."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class MegatronLayout:
     tensor: int = 1
     pipeline: int = 1
     spelling: Spelling = "mcore"
-    divisible_by: int = 128
+    divisible_by: int = _DIVISIBLE_BY
 
     def words(self, shape: ModelShape) -> int:
         """Rows of the embedding with Megatron-LM's padding."""
@@ -59,13 +64,46 @@ def check_layout(shape: ModelShape, layout: MegatronLayout) -> None:
         ("intermediate_size", shape.intermediate_size, layout.tensor),
         ("num_hidden_layers", shape.num_hidden_layers, layout.pipeline),
     ):
-        if ranks < 1 or value % ranks:
-            option = "--pipeline" if name == "num_hidden_layers" else "--tensor"
+        option = "--pipeline" if name == "num_hidden_layers" else "--tensor"
+        if ranks >= 1 and value % ranks:
             faults.append(f"model.{name} {value} is not a multiple of {option} {ranks}")
-    if layout.divisible_by < 1:
-        faults.append(f"--make-vocab-size-divisible-by {layout.divisible_by} is not at least 1")
+    counts = {
+        "--tensor": layout.tensor,
+        "--pipeline": layout.pipeline,
+        "--make-vocab-size-divisible-by": layout.divisible_by,
+    }
+    faults += [f"{option} {value} is not at least 1" for option, value in counts.items() if value < 1]
+    if min(counts.values()) >= 1:
+        faults += _absurd_padding(shape, layout)
     if faults:
         raise ConfigError("\n  ".join(["this model cannot be laid out for Megatron-LM:", *faults]))
+
+
+def _absurd_padding(shape: ModelShape, layout: MegatronLayout) -> Iterator[str]:
+    """More padding than words, unless Megatron-LM's own default pads so: a tiny vocabulary on many ranks."""
+    padded = layout.words(shape)
+    if layout.divisible_by > _DIVISIBLE_BY and padded - shape.vocab_size > shape.vocab_size:
+        yield (
+            f"--make-vocab-size-divisible-by {layout.divisible_by} x --tensor {layout.tensor} pads "
+            f"{shape.vocab_size:,} words to {padded:,}, more padding than words: say a smaller one "
+            f"(Megatron-LM's default is {_DIVISIBLE_BY})"
+        )
+
+
+def needed_bytes(
+    source: TensorSource, shape: ModelShape, layout: MegatronLayout, dtype: torch.dtype | None = None
+) -> int:
+    """Bytes of all ranks' tensors: cut ones once, those that each tensor rank holds whole, words with their padding."""
+    total = 0
+    for name in source.names():
+        size, count = tuple(source.shape(name)), 1
+        if name in ("embedding.weight", "head.weight"):
+            size = (layout.words(shape), shape.hidden_size)
+            count += name == "embedding.weight" and shape.tie_word_embeddings and layout.pipeline > 1
+        elif name == "positions.weight" or "norm" in name or name.endswith(("output.bias", "down.bias")):
+            count = layout.tensor
+        total += count * prod(size) * (dtype or source.dtype(name)).itemsize
+    return total
 
 
 def export_megatron(
@@ -91,6 +129,7 @@ def export_megatron(
     with made_aside(output) as aside:
         check_free(output, overwrite)
         remove(aside)
+        check_room(aside, needed_bytes(source, shape, layout, dtype))
         try:
             for number, (t, p) in enumerate(ranks):
                 name = f"mp_rank_{t:02d}_{p:03d}" if layout.pipeline > 1 else f"mp_rank_{t:02d}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import CheckpointError, ConfigError, UnavailableError
+from megatron.foreign.padding import DIVISIBLE_BY
 
 _MOST_BYTES = 4 * 2**20
 _ACTIVATIONS = {
@@ -37,6 +38,17 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "output_layer_parallelism": ((None, "column"), "a head cut by inputs"),
 }
 """Keys that change what is computed or how it lies, the values that can be imported, what the others ask for."""
+READ = frozenset(
+    (
+        *_ONLY,
+        *("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "max_position_embeddings", "seq_length"),
+        *("activation", "bias_gelu_fusion", "norm", "layernorm_epsilon", "rms_norm_epsilon"),
+        *("gpt_j_residual", "gpt_j_tied", "no_weight_tying", "init_method_std"),
+        *("pos_emb", "rotary_emb_base", "rotary_pct", "attention_config", "soft_prompt_tuning"),
+        *("model_parallel_size", DIVISIBLE_BY),
+    )
+)
+"""Every key that has a meaning here."""
 _NORMS = {"layernorm": "layernorm", "te_layernorm": None, "rmsnorm": "rmsnorm"}
 _PLAIN_ATTENTION = ("global", "flash")
 

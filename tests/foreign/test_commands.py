@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from foreign.neox_by_hand import neox_config, neox_layers, save_neox
 from megatron.checkpoint.manager import open_checkpoint
 from megatron.commands import export_megatron, import_megatron
 from megatron.commands.frame import run_command
-from megatron.config.errors import EXIT_CHECKPOINT, EXIT_DATA, EXIT_DONE, EXIT_USAGE
+from megatron.config.errors import EXIT_CHECKPOINT, EXIT_DATA, EXIT_DONE, EXIT_IO, EXIT_USAGE
 from megatron.config.load import load_config
 from megatron.config.model_shape import ModelShape, resolve_model
 
@@ -101,3 +102,91 @@ def test_refusals_have_their_codes_and_leave_nothing(tmp_path: Path, capsys: pyt
     assert run_import(*allowed) == EXIT_CHECKPOINT
     assert "mp_rank_01" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def run_export(*words: object) -> int:
+    return run_command(export_megatron.main, list(map(str, words)))
+
+
+def test_real_words_are_not_cut_off_as_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1,003 words padded to 1,024: 257 ids of another tokenizer would leave 767 rows, and padding is at most 127."""
+    shape = shape_of(LLAMA, 1003)
+    folder = lay_megatron(tmp_path / "m", weights_of(shape), shape, 1, 1, divisible_by=128)
+    words = ("--input", folder, "--allow-pickle", "--output")
+    assert run_import(*words, tmp_path / "o", "--tokenizer", "bytes") == EXIT_DATA
+    said = capsys.readouterr().err
+    for part in ("257 ids", "1,024 rows", "767 would be left out", "at most 127", "--vocab-size"):
+        assert part in said
+    assert not (tmp_path / "o").exists()
+    # said by name it is taken, and what speaks against it is told
+    assert run_import(*words, tmp_path / "said", "--tokenizer", "bytes", "--vocab-size", 300) == EXIT_DONE
+    assert "724 rows are left out" in capsys.readouterr().out
+    for number, count in ((1, 1003), (2, 950), (3, 1024)):  # padding of one row over and over, real words, none
+        assert run_import(*words, tmp_path / str(number), "--no-tokenizer", "--vocab-size", count) == EXIT_DONE
+        assert ("rows left out differ from each other" in capsys.readouterr().out) == (count == 950)
+
+
+def test_real_words_of_gpt_neox_are_not_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = shape_of(LLAMA, 1003)
+    layers = neox_layers(weights_of(shape), shape, 2)
+    rows = sum(len(rank["word_embeddings.weight"]) for rank in layers[0])
+    config = neox_config(shape) | {"make_vocab_size_divisible_by": 8}
+    save_neox(tmp_path / "n", layers, config)
+    words = ("--input", tmp_path / "n", "--output", tmp_path / "o", "--tokenizer", "bytes", "--allow-pickle")
+    assert run_import(*words) == EXIT_DATA
+    assert f"{rows - 257} would be left out" in (said := capsys.readouterr().err) and "at most 15" in said
+    assert run_import(*words, "--set", "make-vocab-size-divisible-by=1024") == EXIT_DONE
+    assert "--set make_vocab_size_divisible_by: 1024 instead of 8" in capsys.readouterr().out
+
+
+def test_an_argument_that_nothing_reads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = shape_of(LLAMA)
+    lay_megatron(tmp_path / "m", weights_of(shape), shape, 1, 1)
+    save_neox(tmp_path / "n", neox_layers(weights_of(shape), shape, 1), neox_config(shape))
+    for folder, said, near in (
+        ("m", "foo=3", "no argument of this name is read"),
+        ("m", "rotary_bsae=5", "did you mean rotary_base?"),
+        ("n", "rotary_emb_bas=5", "did you mean rotary_emb_base?"),
+    ):
+        words = ("--input", tmp_path / folder, "--output", tmp_path / "o", "--no-tokenizer", "--allow-pickle")
+        assert run_import(*words, "--set", said) == EXIT_USAGE
+        assert near in capsys.readouterr().err
+
+
+def test_no_command_writes_into_what_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = shape_of(LLAMA)
+    lay_megatron(tmp_path / "m", weights_of(shape), shape, 1, 1)
+    words = ("--no-tokenizer", "--allow-pickle", "--vocab-size", 90)
+    assert run_import("--input", tmp_path / "m", "--output", tmp_path / "o", *words) == EXIT_DONE
+    for run, folder, more in ((run_import, "m", words), (run_export, "o", ())):
+        before = sorted(tmp_path.rglob("*"))
+        for output in (tmp_path / folder / "inside", tmp_path / folder, tmp_path):
+            assert run("--input", tmp_path / folder, "--output", output, "--overwrite", *more) == EXIT_USAGE
+            assert "--output" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+    open_checkpoint(tmp_path / "o")
+
+
+def test_export_looks_at_sizes_and_room_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = shape_of(LLAMA)
+    lay_megatron(tmp_path / "m", weights_of(shape), shape, 1, 1)
+    words = ("--no-tokenizer", "--allow-pickle", "--vocab-size", 90)
+    assert run_import("--input", tmp_path / "m", "--output", tmp_path / "o", *words) == EXIT_DONE
+    plain = ("--input", tmp_path / "o", "--output", tmp_path / "x")
+    for more, said in (
+        (("--make-vocab-size-divisible-by", 100_000_000), "pads 90 words to 100,000,000, more padding than words"),
+        (("--pipeline", 0), "--pipeline 0 is not at least 1"),
+        (("--tensor", -1), "--tensor -1 is not at least 1"),
+    ):
+        assert run_export(*plain, *more) == EXIT_USAGE
+        assert said in capsys.readouterr().err
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000))
+    assert run_export(*plain) == EXIT_IO
+    assert "0.02 GB are free" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "o"]
+    assert run_export(*plain) == EXIT_DONE
+    assert "90 words padded to 128" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from megatron.config.errors import ConfigError, StorageError
 from megatron.config.model_shape import ModelShape
 from megatron.foreign.checkpoint import foreign_shape, open_foreign
 from megatron.foreign.megatron_args_written import flags_for
-from megatron.foreign.megatron_export import MegatronLayout, export_megatron
+from megatron.foreign.megatron_export import MegatronLayout, export_megatron, needed_bytes
 
 ERAS = {"mcore": "te", "mcore-local": "local", "legacy": "legacy"}
 TEN = {"rope_theta": 10000.0}
@@ -172,3 +172,14 @@ def test_what_lies_there_is_replaced_only_when_told(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.txt").write_text("x")
     with pytest.raises(ConfigError, match="is not a checkpoint of Megatron-LM"):
         exported(tmp_path / "other", shape, weights, MegatronLayout(), overwrite=True)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (4, 2)])
+def test_the_room_that_is_looked_for_is_what_is_written(tp: int, pp: int, tmp_path: Path) -> None:
+    for number, fields in enumerate((LLAMA | {"query_key_value_bias": True, "qk_norm": "head"}, GPT2)):
+        shape = shape_of(fields)
+        weights, layout = weights_of(shape), MegatronLayout(tp, pp)
+        folder = exported(tmp_path / str(number), shape, weights, layout, dtype=torch.bfloat16)
+        written = [flat(torch.load(path, weights_only=False)["model"]) for path in folder.rglob("*.pt")]
+        total = sum(tensor.nbytes for tensors in written for tensor in tensors.values())
+        assert needed_bytes(WholeTensors(weights), shape, layout, torch.bfloat16) == total
