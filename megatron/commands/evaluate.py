@@ -15,7 +15,7 @@ from megatron.commands.compare import print_comparison
 from megatron.commands.evaluate_arguments import HELDOUT, check, parser, program_settings
 from megatron.commands.evaluated_model import model_folder, named_model
 from megatron.commands.serve_evaluations import serve
-from megatron.config.errors import EXIT_DONE, ConfigError
+from megatron.config.errors import EXIT_DONE, ConfigError, StagemixError
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
 from megatron.evaluation.harness import HarnessSettings, harness_version, load_model, require_harness, run_tasks
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             args.batch_size, dtype, args.device, args.limit, not args.online, trust_task_code=args.trust_task_code
         )
         run = _Run(tasks, about, include, ready, settings, programs, args)
-        results = [run.evaluate(*named_model(words)) for words in args.models]
-    record = {**_head(args, dtype, ready, programs), "tasks": about, "models": results}
+        head = {**_head(args, dtype, ready, programs), "tasks": about}
+        record = run.every_model(head)
     write_record(args.output, record)
     print("\n".join(table(record)))
     print(f"written to {args.output}")
@@ -86,6 +86,20 @@ class _Run:
     ) -> None:
         self.tasks, self.about, self.include = tasks, about, include
         self.ready, self.settings, self.programs, self.args = ready, settings, programs, args
+
+    def every_model(self, head: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole record. Where a later model cannot be evaluated, those before it are written, and that is said."""
+        results: list[dict[str, Any]] = []
+        for words in self.args.models:
+            try:
+                results.append(self.evaluate(*named_model(words)))
+            except StagemixError:
+                if results:
+                    write_record(self.args.output, {**head, "models": results})
+                    done = ", ".join(result["name"] for result in results)
+                    print(f"{named_model(words)[0]} failed; written to {self.args.output}: {done} only", flush=True)
+                raise
+        return {**head, "models": results}
 
     def evaluate(self, name: str, path: Path) -> dict[str, Any]:
         """The model's entry in the record."""

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="of the computation; auto: bfloat16 where the device multiplies it faster, by measurement",
+        help="of the computation; auto: what the device multiplies faster now. Say one where results are compared",
     )
     parser.add_argument("--seed", type=int, default=0, help="of questions, samples, resamples (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="at most so many items of a task, for a trial")

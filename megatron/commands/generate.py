@@ -12,18 +12,20 @@ from typing import Any
 
 from megatron.config.errors import EXIT_DONE, ConfigError, DataError
 from megatron.launch.torchrun import may_be_one_of_several
+from megatron.tokenizers.base import first_surrogate
 
 EXAMPLE = """examples:
   stagemix generate --model runs/demo --prompt 'def moving_average(values, width):'
       the newest whole checkpoint of a run; also a checkpoint's or a Hugging Face folder
   stagemix generate --model exports/demo --prompt 'The committee' --greedy --max-new-tokens 40
   stagemix generate --model runs/demo --prompts prompts.jsonl --samples 8 --temperature 0.8 --top-p 0.95 --jsonl
-      one JSON object an answer: prompt, sample, text, tokens, log_probability, end
+      one JSON object an answer: prompt, sample, text, tokens, log_probability, end, dtype
   torchrun --nproc-per-node 4 tools/generate.py --model runs/large --tensor 2 --pipeline 2 --prompt 'The'
       a model that is too large for one process
 
 A model only goes on from what it is given, as it does in training. An answer ends at the end-of-document token, at a
---stop text, or after --max-new-tokens. The same seed gives the same answer to a prompt, whatever stands beside it.
+--stop text, after --max-new-tokens, or where the model's positions end. In one --dtype the same seed gives the same
+answer to a prompt, whatever stands beside it, but for ties within rounding.
 
 exit codes: 0 done, 2 wrong options, 3 no tokenizer or no prompts, 4 damaged checkpoint, 6 not available here"""
 
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         dest="file",
         metavar="FILE",
-        help='.jsonl with {"prompt": …} in each line, else a text file with a prompt a line; - for standard input',
+        help='.jsonl with {"prompt": …} in each line, else a prompt in each line but blank ones; - for standard input',
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
@@ -117,13 +119,14 @@ def _run(args: argparse.Namespace, rank: Any) -> int:
     texts = rank.share("prompts", lambda: list(_prompts(args))) if rank else list(_prompts(args))
     model = open_model(args.model, args.tokenizer)
     before = _before(args.begin_with, model.tokenizer)
-    prompts = [before + _encoded(text, number, model) for number, text in enumerate(texts)]
+    prompts = [_encoded(text, number, before, model) for number, text in enumerate(texts, 1)]
     dtype, reason = _shared(rank, "dtype", lambda: list(choose_dtype(args.dtype, mesh.device.type)))
     decoder = RankDecoder(model.shape, model.weights, mesh, _torch_dtype(dtype))
     if speaks:
         where = "" if rank is None else f", tensor {mesh.layout.tensor} x pipeline {mesh.layout.pipeline}"
         print(f"{model.name}: {dtype} ({reason}){where}; {_words_of(rules, args.seed)}", file=sys.stderr, flush=True)
-    show = _Show(args, texts, model.tokenizer) if speaks else _Silent()
+        _say_limit(prompts, args.max_new_tokens, model.shape.max_position_embeddings)
+    show = _Show(args, texts, model.tokenizer, dtype) if speaks else _Silent()
     work = [
         (number, sample, Prompt(f"{number}/{sample}", tokens))
         for number, tokens in enumerate(prompts)
@@ -215,36 +218,44 @@ def _mesh(args: argparse.Namespace, rank: Any) -> Any:
 
 
 def _prompts(args: argparse.Namespace) -> Iterator[str]:
-    found = list(args.prompts)
-    if args.file is not None:
-        found += list(_from_file(args.file))
-    if not found:
+    if not args.prompts and args.file is None:
         raise ConfigError("no prompt: say --prompt TEXT, or --prompts FILE")
-    for number, text in enumerate(found):
+    for number, text in enumerate(args.prompts, 1):
         if not text:
-            raise ConfigError(f"prompt {number + 1} is empty: a model goes on from a text: give at least a character")
-    yield from found
+            raise ConfigError(f"prompt {number} is empty: a model goes on from a text: give at least a character")
+        if first_surrogate(text) is not None:
+            raise ConfigError(
+                f"prompt {number} is not UTF-8 on the command line: write it to a UTF-8 file, for --prompts"
+            )
+        yield text
+    if args.file is not None:
+        yield from _from_file(args.file)
 
 
 def _from_file(name: str) -> Iterator[str]:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        lines = data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {name}: cannot be read: {error}") from None
+    if not any(line.strip() for line in lines):
+        raise DataError(f"--prompts {name}: holds no prompt: give one a line")
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if not name.endswith(".jsonl"):
-            yield line
-            continue
-        try:
-            text = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{name}, line {number}: not a JSON object with "prompt": {error!r}') from None
-        if not isinstance(text, str):
-            raise DataError(f'{name}, line {number}: "prompt" is {text!r}, a string is needed')
-        yield text
+        if line.strip():
+            yield _from_line(line, f"{name}, line {number}") if name.endswith(".jsonl") else line.removesuffix("\r")
+
+
+def _from_line(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}): correct the line") from None
+    text = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text or first_surrogate(text) is not None:
+        raise DataError(
+            f'{where}: {{"prompt": TEXT}} is needed, with a text of at least a character; it is {line[:80]}'
+        )
+    return text
 
 
 def _before(name: str | None, tokenizer: Any) -> list[int]:
@@ -256,14 +267,26 @@ def _before(name: str | None, tokenizer: Any) -> list[int]:
     return [int(tokenizer.special_ids[name])]
 
 
-def _encoded(text: str, number: int, model: Model) -> list[int]:
-    tokens = list(model.tokenizer.encode(text))
+def _encoded(text: str, number: int, before: list[int], model: Model) -> list[int]:
+    tokens = [*before, *model.tokenizer.encode(text)]
     limit = model.shape.max_position_embeddings
-    if not tokens:
-        raise ConfigError(f"prompt {number + 1} gives no token: a model goes on from a text")
-    if len(tokens) + 1 >= limit:
-        raise ConfigError(f"prompt {number + 1} has {len(tokens)} tokens, and the model has {limit} positions")
+    if len(tokens) == len(before):
+        raise ConfigError(f"prompt {number} gives no token: a model goes on from a text")
+    if len(tokens) >= limit:
+        raise ConfigError(
+            f"prompt {number} has {len(tokens)} tokens, and the model has {limit} positions: give at most {limit - 1}"
+        )
     return tokens
+
+
+def _say_limit(prompts: Sequence[Sequence[int]], wanted: int, limit: int) -> None:
+    """Where the model's positions end before --max-new-tokens."""
+    if (room := limit - max(map(len, prompts))) < wanted:
+        print(
+            f"note: the model has {limit} positions: behind the longest prompt there is room for {room} new tokens, "
+            f"not for --max-new-tokens {wanted}",
+            file=sys.stderr,
+        )
 
 
 def _shared(rank: Any, name: str, make: Callable[[], Any]) -> Any:
@@ -293,8 +316,8 @@ def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 class _Show:
     """Standard output: answers as they are done, or, where there is one alone on a terminal, as it grows."""
 
-    def __init__(self, args: argparse.Namespace, texts: Sequence[str], tokenizer: Any) -> None:
-        self._args, self._texts, self._tokenizer = args, texts, tokenizer
+    def __init__(self, args: argparse.Namespace, texts: Sequence[str], tokenizer: Any, dtype: str) -> None:
+        self._args, self._texts, self._tokenizer, self._dtype = args, texts, tokenizer, dtype
         alone = len(texts) * args.samples == 1
         self._live = alone and not args.jsonl and not args.stop and sys.stdout.isatty()
         self._shown = 0
@@ -315,7 +338,7 @@ class _Show:
             print(text[self._shown :], flush=True)
         elif self._args.jsonl:
             row = {"prompt": self._texts[number], "sample": sample, "text": text, "tokens": answer.tokens}
-            row |= {"log_probability": answer.log_probability, "end": answer.end}
+            row |= {"log_probability": answer.log_probability, "end": answer.end, "dtype": self._dtype}
             print(json.dumps(row, ensure_ascii=False), flush=True)
         else:
             which = f", sample {sample + 1}" if self._args.samples > 1 else ""

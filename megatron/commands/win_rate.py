@@ -11,6 +11,7 @@ from typing import Any
 from megatron.commands.evaluated_model import model_folder, named_model
 from megatron.config.errors import EXIT_DONE, ConfigError, DataError
 from megatron.evaluation.harness import HarnessSettings, Sampling, load_model
+from megatron.evaluation.paired import FEW_ITEMS
 from megatron.evaluation.precision import choose_dtype
 from megatron.evaluation.results import write_record
 from megatron.evaluation.win_rate import Duel, Judge, WinRate, command_judge, model_judge, win_rate
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--batch-size", type=int, default=32, help="sequences at a time (default: %(default)s)")
     built.add_argument("--device", default="cpu", help='"cpu", "cuda" (default: %(default)s)')
     built.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the computation")
-    built.add_argument("--seed", type=int, default=0, help="of samples, shuffling, resamples (default: %(default)s)")
+    built.add_argument("--seed", type=int, default=0, help="of samples and of shuffling (default: %(default)s)")
     built.add_argument("--cache", type=Path, metavar="DIR", help="keep exported checkpoints here")
     built.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="rate, verdicts, answers")
     return built
@@ -59,9 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and gives its exit code."""
     args = parser().parse_args(argv)
     _check(args)
-    dtype, reason = choose_dtype(args.dtype, args.device)
-    print(f"computing in {dtype}: {reason}", flush=True)
-    settings = HarnessSettings(args.batch_size, dtype, args.device, seed=args.seed)
+    settings = _settings(args)
     prompts = _texts(args.prompts, "prompt") if args.prompts else None
     answers: dict[str, list[str]] = {}
     for words in args.answers:
@@ -85,6 +84,14 @@ def main(argv: list[str] | None = None) -> int:
     found = win_rate(duels, _judge(args, settings), seed=args.seed)
     _report(args, found, first, second, duels)
     return EXIT_DONE
+
+
+def _settings(args: argparse.Namespace) -> HarnessSettings:
+    dtype = args.dtype
+    if args.models or args.judge_model:  # else no model is asked, and nothing is computed
+        dtype, reason = choose_dtype(args.dtype, args.device)
+        print(f"computing in {dtype}: {reason}", flush=True)
+    return HarnessSettings(args.batch_size, dtype, args.device, seed=args.seed)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -140,9 +147,14 @@ def _report(args: argparse.Namespace, found: WinRate, first: str, second: str, d
         ],
     }
     write_record(args.output, record)
-    interval = f"95 % interval [{found.low:.3f}, {found.high:.3f}], p = {found.p:.4f}"
+    chance = f"p = {found.p:.4f}" if found.p >= 0.0001 else "p < 0.0001"
+    interval = f"95 % interval [{found.low:.3f}, {found.high:.3f}], {chance} (sign test, ties left out)"
     print(f"{first} against {second}: win rate {found.rate:.3f}, {interval}, {found.pairs:,} pairs")
     print(f"won {found.wins:,}, lost {found.losses:,}, tied or undecided {found.ties:,}")
+    if found.pairs < FEW_ITEMS:
+        print(
+            f"warning: {found.pairs} pair(s) are few: below about {FEW_ITEMS} a win rate says little; give more prompts"
+        )
     if found.first is not None:
         print(
             f"the judge took the first place {100 * found.first:.1f} % of the time (50 % without a favourite place); "

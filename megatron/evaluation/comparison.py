@@ -13,10 +13,12 @@ from megatron.config.errors import DataError
 from megatron.evaluation.bleu import bleu_of
 from megatron.evaluation.harness_results import ACCURACIES
 from megatron.evaluation.paired import (
+    FEW_ITEMS,
     RESAMPLES,
     Array,
     Difference,
     Statistic,
+    differing_items,
     holm,
     resampled_differences,
     summary,
@@ -48,6 +50,17 @@ class Row:
     found: Difference
     better: str
     holm: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One task's resampled differences [resamples], both figures, and how many items were answered differently."""
+
+    differences: Array
+    a: float
+    b: float
+    metric: str
+    differing: int
 
 
 def items_of(result: Mapping[str, Any], metric: str | None = None) -> Items | None:
@@ -93,7 +106,7 @@ def compare_results(
     """
     rows: list[Row] = []
     notes: list[str] = []
-    draws: dict[str, tuple[Array, float, float, str]] = {}
+    draws: dict[str, _Drawn] = {}
     for number, task in enumerate(results_a):
         if task not in results_b:
             continue
@@ -110,14 +123,17 @@ def compare_results(
             notes.append(f"{task}: from a file of format 1, which cannot tell whether the items were the same")
         figures = float(a.statistic(a.counts.sum(axis=0))), float(b.statistic(b.counts.sum(axis=0)))
         drawn = resampled_differences(a.counts, b.counts, a.statistic, resamples, seed + number)
-        found = summary(figures[1] - figures[0], drawn)
+        differing = differing_items(a.counts, b.counts)
+        found = summary(figures[1] - figures[0], drawn, differing)
         rows.append(_row(task, a.metric, len(a.counts), figures, found, (name_a, name_b), a.lower_is_better))
         if not a.lower_is_better:
-            draws[task] = (drawn, *figures, a.metric)
+            draws[task] = _Drawn(drawn, *figures, a.metric, differing)
     for group, tasks in groups.items():
         present = [task for task in tasks if task in draws]
-        if len(present) > 1 and alike(draws[task][3] for task in present):
+        if len(present) > 1 and alike(draws[task].metric for task in present):
             rows.append(_group_row(group, present, len(tasks), draws, (name_a, name_b)))
+    if few := [f"{row.task} ({row.items})" for row in rows if 0 < row.items < FEW_ITEMS]:
+        notes.append(f"warning: few items, so intervals are too narrow (below about {FEW_ITEMS}): {', '.join(few)}")
     adjusted = holm([row.found.p for row in rows])
     return [Row(**{**vars(row), "holm": p}) for row, p in zip(rows, adjusted, strict=True)], notes
 
@@ -126,14 +142,15 @@ def _group_row(
     group: str,
     tasks: Sequence[str],
     of: int,
-    draws: Mapping[str, tuple[Array, float, float, str]],
+    draws: Mapping[str, _Drawn],
     names: tuple[str, str],
 ) -> Row:
     parts = [draws[task] for task in tasks]
-    a, b = (sum(part[place] for part in parts) / len(parts) for place in (1, 2))  # type: ignore[misc]
-    drawn = np.mean([part[0] for part in parts], axis=0)
+    a, b = sum(part.a for part in parts) / len(parts), sum(part.b for part in parts) / len(parts)
+    drawn = np.mean([part.differences for part in parts], axis=0)
     whole = f"mean of {len(tasks)}" if len(tasks) == of else f"mean of {len(tasks)} of {of}"
-    return _row(f"[{group}]", whole, 0, (a, b), summary(b - a, drawn), names, False)
+    found = summary(b - a, drawn, sum(part.differing for part in parts))
+    return _row(f"[{group}]", whole, 0, (a, b), found, names, False)
 
 
 def _row(

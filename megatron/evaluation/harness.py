@@ -113,21 +113,26 @@ class HarnessModel:
                 f"{self.folder}: a text is empty, or has more tokens than the model's {self.positions} positions"
             ) from None
 
+    def longest_prompt(self, prompts: Sequence[str]) -> tuple[int, str]:
+        """(tokens, prompt) of the longest, (0, "") of none. Raises DataError for an empty one."""
+        if "" in prompts:
+            raise DataError("a prompt is empty")
+        lengths = ((len(self.inner.tok_encode(prompt)), prompt) for prompt in dict.fromkeys(prompts))
+        return max(lengths, key=lambda pair: pair[0], default=(0, ""))
+
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """A continuation of each prompt; the same for the same seed, prompts, batch size and machine.
 
         Raises DataError for prompts that leave no room for sampling.max_new_tokens: none is cut.
         """
-        for prompt in dict.fromkeys(prompts):
-            if not prompt:
-                raise DataError("a prompt is empty")
-            length = len(self.inner.tok_encode(prompt))
-            if length + sampling.max_new_tokens > self.positions:
-                raise DataError(
-                    f"{self.folder}: a prompt of {length} tokens and {sampling.max_new_tokens} new ones do not fit "
-                    f"into the model's {self.positions} positions: lower --max-new-tokens, or take another model. It "
-                    f"begins: {prompt[:60]!r}"
-                )
+        length, longest = self.longest_prompt(prompts)
+        if length + sampling.max_new_tokens > self.positions:
+            most = self.positions - length
+            lower = f"lower --max-new-tokens to at most {most}, or take" if most > 0 else "shorten the prompt, or take"
+            raise DataError(
+                f"{self.folder}: a prompt of {length} tokens and {sampling.max_new_tokens} new ones do not fit into "
+                f"the model's {self.positions} positions: {lower} a model with more. It begins: {longest[:60]!r}"
+            )
         how: dict[str, Any] = {
             "until": list(sampling.until),
             "max_gen_toks": sampling.max_new_tokens,

@@ -19,14 +19,17 @@ from megatron.config.errors import ConfigError, DataError
 FORMAT = 2
 _READABLE = (1, 2)
 _INNER_LEVELS = 7
+_WANTED = "Give a file that stagemix evaluate --output wrote"
 
 
 @dataclass
 class Merged:
-    """Models of one or more files. results: model to task to entry. groups: names of tasks by group."""
+    """Models of one or more files. results: model to task to entry. groups: names of tasks by group. dtypes: model to
+    those that it was computed in, as far as the files say."""
 
     results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
+    dtypes: dict[str, list[str]] = field(default_factory=dict)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -47,22 +50,47 @@ def read_record(path: Path) -> dict[str, Any]:
                 _ = {name: (found["value"], found["stderr"]) for name, found in result["metrics"].items()}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: make it with stagemix evaluate --output {path}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a result of stagemix evaluate: {error!r}") from None
+    except OSError as error:
+        raise DataError(f"{path}: it cannot be read: {error.strerror}. {_WANTED}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a result of stagemix evaluate: not text in UTF-8. {_WANTED}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise DataError(
+            f"{path}: not a result of stagemix evaluate: not one JSON object ({where}). {_WANTED}"
+        ) from None
+    except KeyError as error:
+        raise DataError(f"{path}: not a result of stagemix evaluate: it has no field {error}. {_WANTED}") from None
+    except (ValueError, TypeError, AttributeError):
+        raise DataError(
+            f"{path}: not a result of stagemix evaluate: its JSON has another form, such as that of another command's "
+            f"output. {_WANTED}"
+        ) from None
     return record
 
 
-def merge_records(paths: Iterable[Path]) -> Merged:
-    """The models of several files, those of one name together. ConfigError where a model has a task twice."""
+def merge_records(paths: Iterable[Path], names: Mapping[Path, str] | None = None) -> Merged:
+    """The models of several files, those of one name together. names: what the one model of a file is to be called.
+
+    Raises ConfigError where a model has a task twice, and for a name of a file with several models.
+    """
     merged = Merged()
     for path in paths:
         record = read_record(path)
+        renamed = (names or {}).get(path)
+        if renamed and len(record["models"]) != 1:
+            known = ", ".join(str(model["name"]) for model in record["models"])
+            raise ConfigError(f"{renamed}={path}: a name is for a file of one model, and this has {known}")
         for model in record["models"]:
-            into = merged.results.setdefault(model["name"], {})
+            name = renamed or str(model["name"])
+            into = merged.results.setdefault(name, {})
+            dtypes = merged.dtypes.setdefault(name, [])
+            if record.get("dtype") and record["dtype"] not in dtypes:
+                dtypes.append(record["dtype"])
             if twice := sorted(set(into) & set(model["results"])):
                 raise ConfigError(
-                    f"{path}: model {model['name']} has task {', '.join(twice)} in an earlier file too: give models "
-                    "of different runs different names, --model NAME=PATH"
+                    f"{path}: model {name} has task {', '.join(twice)} in an earlier file too: tell the files' models "
+                    f"apart, stagemix compare first=FILE.json second={path}; or evaluate with --model NAME=PATH"
                 )
             into.update(model["results"])
         for task, known in record.get("tasks", {}).items():

@@ -142,8 +142,11 @@ def run_suite(
 ) -> dict[str, dict[str, Any]]:
     """Results by task in the suite's order. samples: folder for every program of the model, a JSONL file a task.
 
-    generate: in place of the model's own generation, for the code tasks.
+    generate: in place of the model's own generation, for the code tasks. Raises DataError, before anything is asked,
+    that names every code task with a prompt that is too long for the model.
     """
+    if generate is None:
+        check_room(ready, model)
     results: dict[str, dict[str, Any]] = {}
     if ready.harness_tasks:
         # the files include the harness' own, written by this project just now: they may name the harness' functions
@@ -152,7 +155,7 @@ def run_suite(
         if task.kind != "program":
             continue
         problems = ready.problems[task.name]
-        answers = ask_programs(problems, generate or model.generate, task.max_new_tokens or 256, programs)
+        answers = ask_programs(problems, generate or model.generate, _new_tokens(task), programs)
         outcomes = judge_programs(problems, answers, programs) if ready.walls else None
         results[task.name] = program_result(problems, answers, outcomes, programs)
         if samples is not None:
@@ -164,6 +167,38 @@ def run_suite(
     for task in ready.present:
         ordered[task.name]["metric"] = task.metric
     return ordered
+
+
+def check_room(ready: ReadySuite, model: HarnessModel) -> None:
+    """Raises DataError that names every code task whose longest prompt leaves no room for an answer, and a way out."""
+    reasons: list[str] = []
+    crowded: list[str] = []
+    room = model.positions
+    for task in ready.present:
+        if task.kind != "program":
+            continue
+        try:
+            length, prompt = model.longest_prompt([problem.prompt for problem in ready.problems[task.name]])
+        except DataError as error:
+            raise DataError(f"task {task.name}: {error}") from None
+        if length + _new_tokens(task) > model.positions:
+            crowded.append(task.name)
+            room = min(room, model.positions - length)
+            reasons.append(
+                f"task {task.name}: a prompt of {length} tokens and {_new_tokens(task)} new ones do not fit into the "
+                f"model's {model.positions} positions. It begins: {prompt[:60]!r}"
+            )
+    if not crowded:
+        return
+    ways = [f"lower --max-new-tokens to at most {room}"] if room > 0 else []
+    if others := [task.name for task in ready.present if task.name not in crowded]:
+        ways.append(f"leave {' and '.join(crowded)} out: --tasks {','.join(others)}")
+    ways.append("take a model with more positions")
+    raise DataError("\n".join([f"{model.folder}: nothing was run", *reasons, f"Remedy: {'; or '.join(ways)}"]))
+
+
+def _new_tokens(task: SuiteTask) -> int:
+    return task.max_new_tokens or 256
 
 
 def suite_words(suite: Suite, data: Path | None) -> list[str]:

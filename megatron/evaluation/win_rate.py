@@ -20,11 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from megatron.config.errors import ConfigError, DataError, UnavailableError
 from megatron.evaluation.harness import HarnessModel
-from megatron.evaluation.paired import RESAMPLES, Array, difference
+from megatron.evaluation.paired import exact_interval, sign_test
 
 VERDICTS = ("a", "b", "tie")
 
@@ -43,11 +41,13 @@ Judge = Callable[[Sequence[Duel]], list[str]]
 
 @dataclass(frozen=True)
 class WinRate:
-    """Of A against B. rate: wins plus half of the ties, both orders counted; low, high: its 95 % interval.
+    """Of A against B. rate: wins plus half of the ties, both orders counted; low, high: its exact binomial 95 %
+    interval, wider than need be where there are many ties.
 
-    p: two-sided, against a rate of one half. wins, losses, ties: pairs by the two orders together, a pair whose orders
-    disagree being a tie. first: of all verdicts that name a winner, the share that names the answer in the first place;
-    one half for a judge without a favourite place. by_place: pairs where both orders name the same place.
+    p: of the exact two-sided sign test over wins and losses, ties left out. wins, losses, ties: pairs by the two orders
+    together, a pair whose orders disagree being a tie. first: of all verdicts that name a winner, the share that names
+    the answer in the first place; one half for a judge without a favourite place. by_place: pairs where both orders
+    name the same place.
     """
 
     pairs: int
@@ -63,7 +63,7 @@ class WinRate:
     verdicts: list[tuple[str, str]]
 
 
-def win_rate(duels: Sequence[Duel], judge: Judge, resamples: int = RESAMPLES, seed: int = 0) -> WinRate:
+def win_rate(duels: Sequence[Duel], judge: Judge, seed: int = 0) -> WinRate:
     """Has every pair judged in both orders, all 2n duels shuffled. Raises DataError for no duels or wrong verdicts."""
     if not duels:
         raise DataError("there are no prompts, so there is nothing to judge")
@@ -79,18 +79,17 @@ def win_rate(duels: Sequence[Duel], judge: Judge, resamples: int = RESAMPLES, se
     pairs = list(zip(verdicts[: len(duels)], verdicts[len(duels) :], strict=True))
     scores = [(_score(one) + 1 - _score(other)) / 2 for one, other in pairs]
     named = [verdict for verdict in verdicts if verdict != "tie"]
-    counted = np.array([[score, 1.0] for score in scores])
-    even = np.array([[0.5, 1.0]] * len(scores))
-    found = difference(even, counted, _mean, resamples, seed)
+    low, high = exact_interval(sum(scores), len(scores))
+    wins, losses = scores.count(1.0), scores.count(0.0)
     return WinRate(
         pairs=len(pairs),
-        rate=0.5 + found.value,
-        low=0.5 + found.low,
-        high=0.5 + found.high,
-        p=found.p,
-        wins=scores.count(1.0),
-        losses=scores.count(0.0),
-        ties=len(scores) - scores.count(1.0) - scores.count(0.0),
+        rate=sum(scores) / len(scores),
+        low=low,
+        high=high,
+        p=sign_test(wins, losses),
+        wins=wins,
+        losses=losses,
+        ties=len(scores) - wins - losses,
         first=named.count("a") / len(named) if named else None,
         by_place=sum(one == other != "tie" for one, other in pairs),
         verdicts=pairs,
@@ -170,8 +169,3 @@ def _verdicts(name: str, said: bytes, count: int) -> list[str]:
 
 def _score(verdict: str) -> float:
     return {"a": 1.0, "tie": 0.5, "b": 0.0}[verdict]
-
-
-def _mean(sums: Array) -> Array:
-    found: Array = sums[..., 0] / sums[..., 1]
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,39 @@ def test_win_rate_of_two_models_under_a_third(
     assert "other.jsonl, line 1: no field answer" in capsys.readouterr().err
     for options in (answers[:2], [*answers, "--judge", "x"], [*both(models)], [*both(models)[:2], *both(models)[:2]]):
         assert run_command(win_rate, [*options, *judge]) == 2
+
+
+def test_a_model_that_is_too_short_loses_no_other_models_results(
+    models: list[str], examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = f"short={make_model(tmp_path / 'short', 3, positions=64)}"
+    file = tmp_path / "e.json"
+    options = ["--suite", "stage-study", "--tasks", "logic,mbpp_bleu", "--data", str(examples / "data"), *FAST]
+    assert run_command(evaluate, ["--model", models[0], "--model", short, *options, "--output", str(file)]) == 3
+    said = capsys.readouterr()
+    assert "task mbpp_bleu: a prompt of" in said.err and "--tasks logic" in said.err
+    assert f"short failed; written to {file}: one only" in said.out
+    assert [model["name"] for model in json.loads(file.read_text())["models"]] == ["one"]
+    assert run_command(compare, [str(file), "--baseline", "zz"]) == 2
+    assert "'zz' is in none of the files: they have one" in capsys.readouterr().err
+    assert run_command(compare, [str(file)]) == 2
+    assert "NAME=FILE.json" in capsys.readouterr().err
+    again = tmp_path / "again.json"
+    again.write_text(file.read_text().replace('"float32"', '"bfloat16"'))
+    assert run_command(compare, [f"first={file}", f"second={again}"]) == 0
+    said = capsys.readouterr()
+    assert "second minus first" in said.out and "warning: few items" in said.out
+    assert "unlike dtypes, first in float32, second in bfloat16" in said.out
+
+
+def test_no_dtype_is_chosen_where_no_model_is_asked(
+    examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answer": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p", "answer": "longer"}\n')
+    answers = ["--answers", f"a={tmp_path / 'a.jsonl'}", "--answers", f"b={tmp_path / 'b.jsonl'}"]
+    judge = ["--judge", f"{sys.executable} {examples / 'longest_wins.py'}", "--output", str(tmp_path / "w.json")]
+    assert run_command(win_rate, [*answers, *judge]) == 0
+    said = capsys.readouterr().out
+    assert "computing in" not in said and "warning: 1 pair(s) are few" in said
+    assert "interval [0.000, 0.975], p = 1.0000" in said

@@ -90,7 +90,9 @@ def test_prompts_come_from_files_and_standard_output_is_readable(
         (("--prompt", "x", "--begin-with", "<bos>"), 2, "not a special token of tokenizer.model"),
         (("--prompt", "x " * 200), 2, "tokens, and the model has 160 positions"),
         (("--prompt", "x", "--stop", ""), 2, "ends every answer"),
-        (("--prompts", "BAD.jsonl"), 3, "line 2: not a JSON object"),
+        (("--prompt", "caf\udce9"), 2, "prompt 1 is not UTF-8 on the command line"),
+        (("--prompts", "BAD.jsonl"), 3, 'BAD.jsonl, line 2: {"prompt": TEXT} is needed'),
+        (("--prompts", "EMPTY.txt"), 3, "EMPTY.txt: holds no prompt"),
         (("--prompts", "NONE.txt"), 3, "cannot be read"),
     ],
 )
@@ -105,8 +107,15 @@ def test_what_cannot_be_done_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("BAD.jsonl").write_text('{"prompt": "a"}\n["b"]\n', encoding="utf-8")
+    Path("EMPTY.txt").write_text("\n \n", encoding="utf-8")
     assert run_command(main, ["--model", str(run), *words]) == code
     assert message in capsys.readouterr().err
+
+
+def test_where_positions_end_before_the_answer_it_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(run), "--dtype", "float32", "--greedy", "--prompt", "x", "--max-new-tokens", "1000"]
+    assert run_command(main, words) == 0
+    assert "the model has 160 positions: behind the longest prompt there is room for 159" in capsys.readouterr().err
 
 
 def test_no_model_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

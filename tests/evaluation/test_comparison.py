@@ -152,3 +152,40 @@ def test_B1_a_file_that_is_no_result_is_named(content: bytes, tmp_path: Path) ->
         read_record(tmp_path / "e.json")
     with pytest.raises(DataError, match="no such file"):
         read_record(tmp_path / "none.json")
+
+
+def test_few_items_are_warned_of_and_show_no_better_model() -> None:
+    rows, said = compare_results("a", {"one": choice("0000")}, "b", {"one": choice("1111")}, {}, 200)
+    assert rows[0].found.p == pytest.approx(0.125) and rows[0].better == "" and rows[0].found.low == 0
+    assert any("few items" in line and "one (4)" in line for line in said)
+    assert not compare_results("a", {"l": choice("01" * 25)}, "b", {"l": choice("10" * 25)}, {}, 200)[1]
+
+
+def test_a_file_of_one_model_may_be_given_another_name(tmp_path: Path) -> None:
+    one, two = tmp_path / "1.json", tmp_path / "2.json"
+    write_record(one, record({"a": {"one": choice("01")}}, dtype="float32"))
+    write_record(two, record({"a": {"one": choice("11")}}, dtype="bfloat16"))
+    merged = merge_records([one, two], {two: "other"})
+    assert list(merged.results) == ["a", "other"] and merged.dtypes == {"a": ["float32"], "other": ["bfloat16"]}
+    with pytest.raises(ConfigError, match=r"first=FILE\.json second="):
+        merge_records([one, two])
+    write_record(two, record({"b": {}, "c": {}}))
+    with pytest.raises(ConfigError, match="this has b, c"):
+        merge_records([two], {two: "other"})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "it has no field 'format'"),
+        ("{", "not one JSON object .line 1"),
+        ('{"format": 1, "models": ["a"]}', "form"),
+    ],
+)
+def test_B1_what_is_wrong_with_a_file_is_said_in_words(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(content)
+    with pytest.raises(DataError, match=f"{words}.*Give a file that stagemix evaluate --output wrote") as caught:
+        read_record(tmp_path / "e.json")
+    assert "Error(" not in str(caught.value)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_record(tmp_path)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from fractions import Fraction
+from math import comb
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron.evaluation.paired import difference, holm, resampled_differences
+from megatron.evaluation.paired import difference, exact_interval, holm, resampled_differences, sign_test
 
 Array = NDArray[np.float64]
 
@@ -101,3 +105,30 @@ def test_holm_by_its_definition() -> None:
     p_values = [0.01, 0.04, 0.03, 0.005]
     assert holm(p_values) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_the_sign_test_counts_all_falls_of_the_coin() -> None:
+    for wins, losses in ((0, 0), (1, 0), (5, 0), (6, 0), (2, 7), (4, 4), (7, 3)):
+        falls = [sum(fall) for fall in itertools.product((0, 1), repeat=wins + losses)]
+        extreme = sum(min(ones, wins + losses - ones) <= min(wins, losses) for ones in falls)
+        assert sign_test(wins, losses) == sign_test(losses, wins) == pytest.approx(extreme / len(falls))
+    assert sign_test(5200, 4800) == pytest.approx(6.6e-5, rel=0.02)  # the normal one, with its correction: z = 3.99
+
+
+def test_the_exact_interval_leaves_a_fortieth_on_either_side() -> None:
+    for right, trials in ((1, 3), (3, 10), (25, 50), (380, 400)):
+        low, high = (Fraction(bound) for bound in exact_interval(right, trials))
+        above = sum(comb(trials, n) * low**n * (1 - low) ** (trials - n) for n in range(right, trials + 1))
+        below = sum(comb(trials, n) * high**n * (1 - high) ** (trials - n) for n in range(right + 1))
+        assert float(above) == pytest.approx(0.025, rel=1e-6) and float(below) == pytest.approx(0.025, rel=1e-6)
+    assert exact_interval(0, 0) == (0, 1) and exact_interval(0.5, 1) == (0, 1)
+    assert exact_interval(1, 1) == pytest.approx((0.025, 1)) and exact_interval(0, 1) == pytest.approx((0, 0.975))
+
+
+def test_p_is_never_below_what_the_items_allow() -> None:
+    for count, least in ((1, 1.0), (5, 2 / 32), (6, 2 / 64)):
+        a = np.zeros(20)
+        b = np.where(np.arange(20) < count, 1.0, a)  # the items that both answer alike say nothing
+        found = difference(items(a[:count]), items(b[:count]), mean)
+        assert found.p == pytest.approx(least) and (found.low <= 0) == (least >= 0.05)
+        assert difference(items(a), items(b), mean).p >= least

@@ -246,3 +246,27 @@ def test_B1_a_scored_text_longer_than_the_model_is_said(model: HarnessModel, tmp
     ready = prepare_suite(STAGE_STUDY.select(["logic"]), tmp_path / "t", tmp_path, False, False, False)
     with pytest.raises(DataError, match="640 positions"):
         run_suite(ready, model, SETTINGS, ProgramSettings())
+
+
+def test_B1_long_prompts_of_code_tasks_are_named_before_anything_is_run(
+    model: HarnessModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite_run, "run_tasks", lambda *arguments: pytest.fail("the harness was run"))
+    suite = CODE_VS_TEXT.select(["copa", "humaneval", "mbpp"])
+    ready = prepare_suite(suite, tmp_path, data, False, False, True)
+    lengths = {
+        name: max(len(model.inner.tok_encode(problem.prompt)) for problem in ready.problems[name])
+        for name in ("humaneval", "mbpp")
+    }
+    longest = max(lengths.values())
+    assert lengths["humaneval"] + 256 < lengths["mbpp"]
+    monkeypatch.setattr(HarnessModel, "positions", property(lambda self: lengths["humaneval"] + 512))
+    with pytest.raises(
+        DataError, match=rf"(?s)task mbpp: a prompt of {longest} tokens.*--tasks copa,humaneval"
+    ) as caught:
+        suite_run.check_room(ready, model)
+    assert "task humaneval" not in str(caught.value)
+    monkeypatch.setattr(HarnessModel, "positions", property(lambda self: longest))
+    with pytest.raises(DataError, match=r"(?s)nothing was run.*task mbpp") as caught:
+        run_suite(ready, model, SETTINGS, ProgramSettings())
+    assert "lower --max-new-tokens" not in str(caught.value)  # no number would do

@@ -124,3 +124,12 @@ def test_the_built_in_judge_takes_fewer_bits_a_byte(tmp_path: Path) -> None:
         assert verdict == min(bits, key=lambda side: bits[side])
     assert found[2:] == ["b", "tie"]
     assert json.dumps(found)
+
+
+def test_few_pairs_are_never_sure() -> None:
+    one = win_rate(duels_of([(1, 3)]), longer)
+    assert (one.rate, one.p) == (0, 1) and one.low == 0 and one.high == pytest.approx(0.975)
+    five, six = (win_rate(duels_of([(3, 1)] * count), longer) for count in (5, 6))
+    assert five.p == pytest.approx(1 / 16) and five.low < 0.5 < six.low and six.p == pytest.approx(1 / 32)
+    tied = win_rate(duels_of([(3, 1)] * 6 + [(2, 2)] * 4), longer)
+    assert tied.p == six.p and tied.rate == 0.8 and tied.low < 0.8 < tied.high
