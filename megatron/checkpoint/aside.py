@@ -47,6 +47,15 @@ def made_aside(output: Path) -> Iterator[Path]:
             lock.unlink(missing_ok=True)  # still held: whoever waits for it looks whether it is the same file
 
 
+def would_replace(output: Path, overwrite: bool) -> bool:
+    """Whether `output` holds anything. Raises ConfigError where it does, and `overwrite` was not said."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not overwrite:
+        raise ConfigError(f"{output}: exists already: choose another --output, or say --overwrite")
+    return True
+
+
 def check_apart(read: Path, output: Path, reads: str = "--input", writes: str = "--output") -> None:
     """Refuses an output folder that is, holds or lies within what is read: it would change or replace its own source.
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.aside import made_aside, publish, remove
+from megatron.checkpoint.aside import made_aside, publish, remove, would_replace
 from megatron.checkpoint.finite import check_finite
 from megatron.checkpoint.manifest import NAME, Seal, build_manifest, manifest_bytes
 from megatron.checkpoint.shard_files import FILE_BYTES
@@ -97,10 +97,8 @@ def write_imported(
 
 def check_free(output: Path, overwrite: bool) -> None:
     """Raises ConfigError where `output` holds something that must not be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not would_replace(output, overwrite):
         return
-    if not overwrite:
-        raise ConfigError(f"{output}: exists already: choose another --output, or say --overwrite")
     if not (output / NAME).is_file():
         raise ConfigError(f"{output}: is not a checkpoint (no {NAME}), so it is not overwritten")
 

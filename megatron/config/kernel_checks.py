@@ -120,15 +120,24 @@ def attention_limit(
     return None
 
 
+def _beside_wide_gradients(
+    section: ParallelSection, processes: int, train: TrainSection, precision: str
+) -> dict[str, bool]:
+    """What keeps a run from being one process of the torch engine that adds bf16 gradients to fp32 ones."""
+    return {
+        f"{processes} processes": processes > 1,
+        f"parallel.engine = {section.engine}": section.engine != "torch",
+        f"precision {precision}": precision not in ("bf16", "auto"),
+        f"train.gradients = {train.gradients}": train.gradients != "fp32",
+    }
+
+
 def _graph_refusals(
     kernels: KernelsSection, section: ParallelSection, processes: int, train: TrainSection, precision: str
 ) -> Iterator[ConfigError]:
     """CUDA graphs are for what runs alike every time on one process, and add narrow gradients to wide ones."""
     asked = {
-        f"{processes} processes": processes > 1,
-        f"parallel.engine = {section.engine}": section.engine != "torch",
-        f"precision {precision}": precision not in ("bf16", "auto"),
-        f"train.gradients = {train.gradients}": train.gradients != "fp32",
+        **_beside_wide_gradients(section, processes, train, precision),
         f"kernels.attention = {kernels.attention}": kernels.attention not in ("auto", *ATTENTION_IN_GRAPHS),
     }
     if against := [words for words, found in asked.items() if found]:
@@ -143,10 +152,7 @@ def _fused_refusals(
 ) -> Iterator[ConfigError]:
     """A product adds to a float32 sum that lies here as a plain tensor, and is told whether it is the step's first."""
     asked = {
-        f"{processes} processes": processes > 1,
-        f"parallel.engine = {section.engine}": section.engine != "torch",
-        f"precision {precision}": precision not in ("bf16", "auto"),
-        f"train.gradients = {train.gradients}": train.gradients != "fp32",
+        **_beside_wide_gradients(section, processes, train, precision),
         "kernels.cuda_graphs = true": kernels.cuda_graphs,
         "kernels.fp8 = true": kernels.fp8,
     }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.aside import made_aside, publish, remove
+from megatron.checkpoint.aside import made_aside, publish, remove, would_replace
 from megatron.checkpoint.room import check_room
 from megatron.checkpoint.storage import io_errors
 from megatron.checkpoint.tensor_shards import TensorSource
@@ -47,10 +47,8 @@ class MegatronLayout:
 
 def check_free(output: Path, overwrite: bool) -> None:
     """Raises ConfigError where `output` holds something that must not be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not would_replace(output, overwrite):
         return
-    if not overwrite:
-        raise ConfigError(f"{output}: exists already: choose another --output, or say --overwrite")
     if not (output / TRACKER).is_file():
         raise ConfigError(f"{output}: is not a checkpoint of Megatron-LM (no {TRACKER}), so it is not overwritten")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.aside import would_replace
 from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
@@ -33,10 +34,8 @@ _MARKS = {
 
 def check_free(output: Path, overwrite: bool) -> None:
     """Raises ConfigError where `output` holds something that must not be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not would_replace(output, overwrite):
         return
-    if not overwrite:
-        raise ConfigError(f"{output}: exists already: choose another --output, or say --overwrite")
     if not output.is_dir() or not (output / "config.json").is_file() or not _is_export(output):
         raise ConfigError(
             f"{output}: is not a folder that export_hf made (config.json and one of {', '.join(_MARKS)}), so it is not "
