@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 
@@ -63,3 +65,52 @@ def asleep() -> None:
 
 def asked_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def all_of(*faults: Callable[[int], None]) -> Callable[[int], None]:
+    """Several faults in one job."""
+    return partial(_all_of, faults)
+
+
+def _all_of(faults: tuple[Callable[[int], None], ...], rank: int) -> None:
+    for fault in faults:
+        fault(rank)
+
+
+def on_nodes(rank: int) -> None:
+    """Each rank is the only one of a node of SLURM's, "node0", "node1", …"""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SLURM_STEP_ID": "0", "SLURMD_NODENAME": f"node{rank}"}
+
+
+def switched(path: Path) -> Callable[[], None]:
+    """A switch file is made, and seen, while a step runs."""
+    return partial(_switched, path)
+
+
+def _switched(path: Path) -> None:
+    from megatron.trainer.switches import Switches
+
+    path.touch()
+    switches = next(one for one in gc.get_objects() if isinstance(one, Switches))
+    while path.name not in switches.asked:
+        time.sleep(0.02)
+
+
+def while_saving(act: Callable[[], None], rank: int = 0, step: int = 0) -> Callable[[int], None]:
+    """A fault that acts in one rank while it writes the checkpoint of a step (0: of any)."""
+    return partial(_while_saving, act, rank, step)
+
+
+def _while_saving(act: Callable[[], None], rank: int, step: int, mine: int) -> None:
+    if mine != rank:
+        return
+    import megatron.checkpoint.manager as module
+
+    write = module.write_shards
+
+    def acting(storage: Any, aside: Path, *arguments: Any) -> Any:
+        if step == 0 or f"{step:09d}" in aside.name:
+            act()
+        return write(storage, aside, *arguments)
+
+    module.write_shards = acting

@@ -164,6 +164,11 @@ class CheckpointManager:
             if flight.error:
                 raise flight.error
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save runs beside training, as far as `poll` and `finish` have seen."""
+        return self._flight is not None
+
     def poll(self) -> None:
         """Raises what went wrong in a save that is no longer in flight. Never waits."""
         if self._flight and not self._flight.thread.is_alive():
@@ -202,13 +207,14 @@ class CheckpointManager:
         steps = self.steps()
         return str(steps[-1][1]) if steps else "not yet written"
 
-    def newest_whole(self, report: Callable[[str], None]) -> CheckpointRef | None:
-        """All ranks: the newest checkpoint that is whole, or None where there is none at all.
+    def newest_whole(self, report: Callable[[str], None], up_to: int | None = None) -> CheckpointRef | None:
+        """All ranks: the newest checkpoint that is whole, or None where there is none at all. up_to: the step beyond
+        which none is looked at.
 
         Each damaged one is named to `report` on rank 0 and passed over. Raises CheckpointError where all are damaged.
         """
         problems: list[str] = []
-        for path in self._steps_seen_by_rank_0():
+        for path in self._steps_seen_by_rank_0(up_to):
             try:
                 found = self.open(path)
             except CheckpointError as error:
@@ -286,15 +292,15 @@ class CheckpointManager:
             keep_forever,
             list(dict.fromkeys(folders)),
             write,
-            self._sweep,
+            self.sweep,
             make_way,
             after_publishing,
         )
 
-    def _steps_seen_by_rank_0(self) -> list[Path]:
+    def _steps_seen_by_rank_0(self, up_to: int | None) -> list[Path]:
         """The newest first. A rank may see a shared folder late."""
         meeting = self._meet(self.folder)
-        names = [path.name for _, path in reversed(self.steps())]
+        names = [path.name for step, path in reversed(self.steps()) if up_to is None or step <= up_to]
         if meeting.rank == 0:
             meeting.announce("steps", json.dumps(names).encode())
         else:
@@ -324,8 +330,9 @@ class CheckpointManager:
                 seals[name] = self.storage.copy_file(content, aside / name)
         return seals
 
-    def _sweep(self) -> None:
-        """Removes what killed saves and deletions left behind. Called as a save begins, which is the only one then."""
+    def sweep(self) -> None:
+        """Rank 0 only, with no other save in flight: removes what killed saves and deletions left behind. Each save
+        begins with it; a run that saves nothing any more, or starts on a disk that is nearly full, needs it, too."""
         self.storage.make_folder(self.folder)
         for path in list(self.folder.iterdir()):
             if path.name.startswith((ASIDE, RETIRED)):

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,11 @@ from safetensors.torch import load_file
 from megatron.checkpoint.manifest import Seal
 from megatron.checkpoint.tensor_format import file_bytes
 from megatron.config.durable_files import sync_path
-from megatron.config.errors import CheckpointError, StorageError
+from megatron.config.errors import IO_REMEDIES, CheckpointError, StorageError
 
 Tensors = Mapping[str, torch.Tensor]
 _CHUNK = 16 * 2**20
+_REMOVALS = 20
 
 
 class Storage:
@@ -37,12 +39,13 @@ class Storage:
 
     def write_bytes(self, path: Path, data: bytes) -> Seal:
         """One new file with these bytes, fsynced."""
-        with io_errors(path, "write"):
+        with io_errors(path, f"write {len(data):,} bytes"):
             return _write(path, [data])
 
     def write_tensors(self, path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Seal:
         """One new safetensors file, fsynced. Tensors of any device and stride; one at a time is copied."""
-        with io_errors(path, "write"):
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with io_errors(path, f"write {size:,} bytes of tensors"):
             return _write(path, file_bytes(tensors, metadata or {}))
 
     def write_pieces(self, path: Path, pieces: Iterable[bytes | memoryview]) -> Seal:
@@ -68,9 +71,21 @@ class Storage:
                 sync_path(parent)
 
     def remove_folder(self, path: Path) -> None:
-        """Deletes a folder that no one reads any more."""
+        """Deletes a folder that no one reads any more. A rank of a killed job may still write in it for a moment."""
         with io_errors(path, "remove"):
-            shutil.rmtree(path)
+            for _ in range(_REMOVALS):
+                try:
+                    shutil.rmtree(path)
+                except FileNotFoundError:
+                    continue  # an entry went while it was walked
+                except OSError as error:
+                    if error.errno != errno.ENOTEMPTY:
+                        raise
+                    time.sleep(0.1)
+                else:
+                    return
+            if path.exists():
+                shutil.rmtree(path)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -90,11 +105,23 @@ def io_errors(path: Path, action: str) -> Iterator[None]:
         number = _error_number(error)
         if number is None:
             raise
-        remedy = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "see to the disk"
+        remedy = IO_REMEDIES.get(number, "see to the disk")
         raise StorageError(
-            f"{path}: cannot {action}: {os.strerror(number)}; what was saved before is untouched: "
+            f"{path}: cannot {action}: {os.strerror(number)}{_room(path, number)}; what was saved before is untouched: "
             f"{remedy}, then start the run again"
         ) from error
+
+
+def _room(path: Path, number: int) -> str:
+    """How much a full disk holds, and how much of it is free; empty where that is not what is wrong."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), None)
+    if folder is None or number != errno.ENOSPC:
+        return ""
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError:
+        return ""
+    return f" ({disk.free:,} of the disk's {disk.total:,} bytes are free)"
 
 
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> Seal:

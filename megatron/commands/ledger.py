@@ -13,6 +13,7 @@ from megatron.commands.tables import console_for_tables, new_table
 from megatron.config.errors import EXIT_CHANGED_PAST, EXIT_DONE, CheckpointError
 from megatron.config.quantities import format_count
 from megatron.data.ledger import Ledger, ledger_rows
+from megatron.data.ledger_events import event_words, not_trained
 from megatron.planner.ledger_comparison import Difference, Parting, differences, parting, same_samples
 from megatron.planner.ledger_files import checkpoint_folders, read_ledger
 
@@ -113,7 +114,10 @@ def _show(ledger: Ledger, console: Console) -> None:
     for name, source in sorted(ledger.sources.items()):
         console.print(f"{name}: {float(source.epochs):.4f} epochs of {format_count(source.epoch_tokens)} tokens so far")
     for event in ledger.events:
-        console.print(f"event: {json.dumps(event)}")
+        console.print(f"event: {event_words(event)}", soft_wrap=True)
+    if lost := not_trained(ledger.events):
+        by_source = ", ".join(f"{name} {format_count(tokens)}" for name, tokens in lost.items())
+        console.print(f"of these tokens, consumed and not trained on: {by_source}", soft_wrap=True)
 
 
 def _cells(row: dict[str, Any], extras: list[str], epochs: str) -> list[str]:

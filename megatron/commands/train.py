@@ -11,10 +11,16 @@ from megatron.config.errors import ConfigError, StagemixError
 from megatron.launch.torchrun import may_be_one_of_several
 
 EPILOG = """\
-The run's folder (run.output in CONFIG) receives checkpoints/, metrics.jsonl, config.toml and exit.json. Starting the
-same command again goes on from the newest whole checkpoint, bit for bit as if nothing had happened.
+The run's folder (run.output in CONFIG) receives checkpoints/, metrics.jsonl, config.toml, exit.json and, while it
+trains, heartbeat.json. Starting the same command again goes on from the newest whole checkpoint, bit for bit as if
+nothing had happened.
 
-SIGTERM, SIGINT (Ctrl-C) or SIGUSR1: the step is finished, a checkpoint saved, exit code 75. A second one: at once.
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGUSR2 (health.stop_signals): the step is finished, a checkpoint saved, exit code
+75. A second one, or health.stop_seconds without an end: at once. The same, without a signal, in time before the end of
+a SLURM allocation (STAGEMIX_END_TIME, else SLURM_JOB_END_TIME).
+
+touch OUTPUT/save-now: a checkpoint after the next step, and training goes on; the file is removed when it is there.
+touch OUTPUT/stop-now: a checkpoint after the next step, exit code 75, and no batch script of ours starts it again.
 
 Several processes share a run out as [parallel] says; what its axes leave of the processes is the data axis. Rank 0
 alone writes the folder and speaks. All end together: a signal to any rank stops all at the same step, and the first
@@ -22,18 +28,18 @@ error of any ends all with its code, shown once by the rank whose it is. Give ev
 and versions: one that differs is refused by name.
 
 exit codes: 0 done · 2 config · 3 data · 4 checkpoint · 5 the config changes the past · 6 choice not available here ·
-8 losses are not finite · 9 a process hangs · 10 a process was lost · 74 disk · 75 stopped by a signal, start again to
-go on. A launcher may end with another: torchrun gives 1 for any failure. Read OUTPUT/exit.json, or the last lines of
-torchrun: "Root Cause" is the rank that failed first, its code and its message.
+8 losses are not finite · 9 a process hangs · 10 a process was lost · 74 disk · 75 stopped, start again to go on. A
+launcher may end with another: torchrun gives 1 for any failure. Read OUTPUT/exit.json, or the last lines of torchrun:
+"Root Cause" is the rank that failed first, its code and its message.
 
 examples:
   stagemix train run.toml
   stagemix train run.toml --set run.output=runs/second --set train.micro_batch_size=2
   stagemix train run.toml --resume-from runs/mine/checkpoints/step-000000100
 
-  torchrun --nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 300 \\
+  torchrun --nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGUSR2 --shutdown-timeout 300 \\
       tools/train.py run.toml
-    Without SIGUSR1 in --signals-to-handle it kills torchrun and leaves its processes behind. They are killed when
+    Without SIGUSR1 or 2 in --signals-to-handle it kills torchrun and leaves its processes behind. They are killed when
     --shutdown-timeout seconds (30 by default) have passed since the signal: give a step and a save the time they take.
 
   srun --ntasks-per-node 8 --kill-on-bad-exit=1 stagemix train run.toml

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +19,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 
 Location = tuple[str | int, ...]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -37,11 +38,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     said = {_apply_override(tables, override): f"--set {override}" for override in overrides}
-    return config_from_tables(tables, _Places(str(path), text, said))
+    return config_from_tables(tables, Places(str(path), text, said))
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Where the keys of a config were written: a file with its text, and the overrides by the key that they set."""
 
     source: str = "config"
@@ -57,12 +58,18 @@ class _Places:
         return f"{self.source}:{line}" if line else self.source
 
 
-def config_from_tables(tables: dict[str, Any], places: _Places | None = None) -> RunConfig:
+def config_from_tables(tables: dict[str, Any], places: Places | None = None) -> RunConfig:
     """A RunConfig from nested tables. `places` serves the error messages. Raises ConfigError."""
+    return validated(RunConfig, tables, places)
+
+
+def validated(model: type[Model], tables: dict[str, Any], places: Places | None = None) -> Model:
+    """Nested tables as a model of the schema. `places` serves the error messages. Raises ConfigError that names every
+    mistake with its place, its value and the nearest known key."""
     try:
-        return RunConfig.model_validate(tables)
+        return model.model_validate(tables)
     except ValidationError as error:
-        lines = [_describe(item, places or _Places(), tables) for item in error.errors()]
+        lines = [_describe(item, places or Places(), tables, model) for item in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -167,20 +174,20 @@ def _parse_value(words: str) -> Any:
         return words
 
 
-def _describe(error: Any, places: _Places, tables: dict[str, Any]) -> str:
+def _describe(error: Any, places: Places, tables: dict[str, Any], root: type[BaseModel]) -> str:
     location: Location = tuple(step for step in error["loc"] if not _is_union_branch(step))
     place = places.of(location)
     field = _spoken(location, tables)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = known_keys(location[:-1], root)
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"{place}: unknown key {field}: {hint}"
     if error["type"] == "missing":
-        return f"{place}: {field} is missing{_meaning(location)}"
+        return f"{place}: {field} is missing{_meaning(location, root)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(error.get("input"), dict | list) else f" = {_shown(error.get('input'))}"
-    return f"{place}: {field}{given}: {message}{_meaning(location)}"
+    return f"{place}: {field}{given}: {message}{_meaning(location, root)}"
 
 
 def _shown(value: Any) -> str:
@@ -192,9 +199,9 @@ def _is_union_branch(step: str | int) -> bool:
     return isinstance(step, str) and bool(re.match(r"(literal\[|constrained-|function-|int$|str$|float$)", step))
 
 
-def _model_at(location: Location) -> Any:
+def _model_at(location: Location, root: type[BaseModel]) -> Any:
     """The type that the schema has at a location, or None below a free-form table."""
-    kind: Any = RunConfig
+    kind: Any = root
     for step in location:
         kind = _bare(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -217,13 +224,14 @@ def _bare(kind: Any) -> Any:
     return kind
 
 
-def _known_keys(location: Location) -> list[str]:
-    model = _model_at(location)
+def known_keys(location: Location, root: type[BaseModel] = RunConfig) -> list[str]:
+    """The keys that the schema has in the table at a location; none below a free-form table."""
+    model = _model_at(location, root)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def _meaning(location: Location) -> str:
-    parent = _model_at(location[:-1])
+def _meaning(location: Location, root: type[BaseModel]) -> str:
+    parent = _model_at(location[:-1], root)
     if not (location and isinstance(parent, type) and issubclass(parent, BaseModel)):
         return ""
     field = parent.model_fields.get(str(location[-1]))

@@ -13,9 +13,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from megatron.config.evaluation_section import EvaluationSection as EvaluationSection
 from megatron.config.evaluation_section import check_evaluation
+from megatron.config.health_section import HealthSection as HealthSection
 from megatron.config.model_section import ModelSection as ModelSection
 from megatron.config.quantities import parse_count, parse_quantity
 from megatron.config.section import Section
+from megatron.config.spikes_section import SpikesSection as SpikesSection
+from megatron.config.spikes_section import check_spikes
 
 Share = Annotated[Decimal, Field(ge=0, le=1)]
 
@@ -285,13 +288,6 @@ class KernelsSection(Section):
     )
 
 
-class HealthSection(Section):
-    """How a job of several processes notices that one of them is lost or hangs."""
-
-    watchdog_seconds: int = Field(1800, ge=0, description="without any progress until the job ends; 0: never")
-    start_seconds: int = Field(600, ge=1, description="for all processes to find each other and for any collective")
-
-
 class CheckpointSection(Section):
     """When the run saves; it always does at the end of a training stage."""
 
@@ -329,6 +325,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
     health: HealthSection = HealthSection()
+    spikes: SpikesSection = SpikesSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")
@@ -338,4 +335,5 @@ class RunConfig(Section):
         if twice:
             raise ValueError(f"stages: the name {twice[0]!r} is used twice; give each stage and template its own name")
         check_evaluation(self.evaluation, self.checkpoint.every, bool(self.validation.fraction))
+        check_spikes(self.spikes, self.checkpoint.every, self.checkpoint.keep)
         return self

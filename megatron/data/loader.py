@@ -6,7 +6,7 @@ Batches come in the stream's order, whatever the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,7 +50,8 @@ class Microbatch:
 class Batch:
     """A global batch and the data position after it; where it is shared out among data ranks, one rank's rows of it.
 
-    step: its number, from 1 · position: the ledger after this batch as JSON values, which is what a checkpoint stores.
+    step: its number, from 1 · position: the ledger after this batch as JSON values, which is what a checkpoint stores ·
+    passed_over: it is consumed, and not to be trained on: nothing of it was read, and the digest is of no rows.
 
     Of the rows that were read, and so sums over data ranks give those of the global batch (the latter two modulo
     2^64): microbatches · valid_targets: targets that count · digest: 64 bits over (sample number, place, id) of every
@@ -69,6 +70,7 @@ class Batch:
     position: dict[str, Any]
     loaded: tuple[int, int]
     samples_by_source: dict[str, int] = field(default_factory=dict)
+    passed_over: bool = False
 
 
 class BatchLoader:
@@ -92,12 +94,15 @@ class BatchLoader:
         pin_memory: bool = False,
         data_rank: int = 0,
         data_size: int = 1,
+        passes_over: Callable[[int], bool] = lambda step: False,
     ) -> None:
+        """passes_over: whether the batch of a step is consumed without being read."""
         if workers < 1:
             raise ValueError(f"at least one worker is needed, not {workers}")
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data rank {data_rank} is not one of {data_size}")
         self._data_rank, self._data_size = data_rank, data_size
+        self._passes_over = passes_over
         self._stream = stream
         self._sources = sources
         self._words = {name: fingerprint_word(source.fingerprint) for name, source in sources.items()}
@@ -165,9 +170,10 @@ class BatchLoader:
         shape = self._stream.shape()
         seq_length, mine = shape.seq_length, self._rows(shape.global_batch_size)
         # What fill-in-the-middle displaces is counted where pieces are looked up, and every rank's ledger needs all.
-        everything = self._data_size == 1 or bool(stage.fim)
-        samples = self._stream.next_batch(None if everything else mine)
         self._step += 1
+        passed_over = self._passes_over(self._step)
+        everything = bool(stage.fim) or (self._data_size == 1 and not passed_over)
+        samples = self._stream.next_batch(None if everything else () if passed_over else mine)
         by_source: dict[str, int] = {}
         for sample in samples:
             by_source[sample.source] = by_source.get(sample.source, 0) + 1
@@ -182,6 +188,7 @@ class BatchLoader:
             tokens=len(samples) * seq_length,
             position=position,
             samples_by_source=by_source,
+            passed_over=passed_over,
         )
         return partial(self._read, made, samples, mine, cursors, seq_length)
 
@@ -196,7 +203,8 @@ class BatchLoader:
         self, made: partial[Batch], samples: list[Sample], mine: range, cursors: Mapping[str, int], seq_length: int
     ) -> Batch:
         microbatches, digest, valid = [], 0, 0
-        for start in range(mine.start, mine.stop, self._micro_batch_size):
+        read = range(0) if made.keywords["passed_over"] else mine
+        for start in range(read.start, read.stop, self._micro_batch_size):
             rows = samples[start : min(start + self._micro_batch_size, mine.stop)]
             micro = read_microbatch(rows, self._sources, seq_length, self._pin_memory)
             digest += int(batch_digest([sample.number for sample in rows], micro.tokens.numpy()), 16)

@@ -6,6 +6,7 @@ own sections.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -47,9 +48,10 @@ class StepResult:
     loss_by_source: source id -> (sum of losses, valid targets); the sums add up to loss x valid_targets.
     grad_norm: 2-norm of the whole gradient before clipping.
     valid_targets: of the global batch.
-    updated: False when the loss or the gradient's norm was not finite, or no target was valid: then weights and
-        optimizer state are bit for bit what they were before.
+    updated: False when the loss or the gradient's norm was not finite or beyond its bound, or no target was valid:
+        then weights and optimizer state are bit for bit what they were before.
     reason: why there was no update; empty when there was one.
+    spike: whether that is a finite loss or norm beyond its bound.
     """
 
     loss: float
@@ -58,6 +60,20 @@ class StepResult:
     valid_targets: int
     updated: bool
     reason: str = ""
+    spike: bool = False
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Above what loss and gradient norm (before clipping) a step makes no update, and how each bound came about.
+
+    They are the same numbers on every rank, and are known before the step is launched: no device is asked for them.
+    """
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+    loss_words: str = ""
+    grad_norm_words: str = ""
 
 
 class LaunchedStep(Protocol):
@@ -108,14 +124,18 @@ class Engine(Protocol):
     that it holds. Every method but describe and parameter_count is called by all ranks together.
     """
 
-    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> LaunchedStep:
+    def launch_step(
+        self, microbatches: Sequence[MicrobatchLike], lr: float, bounds: Bounds | None = None
+    ) -> LaunchedStep:
         """One optimizer step at learning rate lr. Whatever is called next on the engine sees weights after it.
+
+        bounds: a loss or a gradient norm above them makes no update, as one that is not finite does.
 
         Data rank r of n is given rows r*B/n to (r+1)*B/n of the global batch of B, whatever else it shares them with.
         The result is that of the global batch, on every rank.
         """
 
-    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
+    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float, bounds: Bounds | None = None) -> StepResult:
         """`launch_step` and its result at once."""
 
     def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> dict[int, tuple[float, int]]:

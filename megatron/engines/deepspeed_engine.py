@@ -5,8 +5,8 @@ said here: how the loss is scaled, which microbatch is the last, the learning ra
 
     ZeRO 0     our masters and torch's optimizer; DeepSpeed sums the gradients, the engine clips (DeepSpeed would not
                tell the norm)
-    ZeRO 1-3   DeepSpeed's float32 masters, cut over the data ranks; a gradient that is not finite makes it drop the
-               step, gradients and all
+    ZeRO 1-3   DeepSpeed's float32 masters, cut over the data ranks; a gradient norm that is not finite makes it drop
+               the step, gradients and all; one beyond its bound is shown to it as infinite (`deepspeed_norm.py`)
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from torch import Tensor, nn
 from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
 from megatron.config.errors import UnavailableError
 from megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
-from megatron.engines.base import DoneStep, MicrobatchLike, StepResult
+from megatron.engines.base import Bounds, DoneStep, MicrobatchLike
 from megatron.engines.deepspeed_config import ZERO_STAGES, deepspeed_config, refuse_what_deepspeed_cannot
+from megatron.engines.deepspeed_norm import BoundedNorm
 from megatron.engines.deepspeed_pieces import LocalParameter, Piece, parameters_of, run_of
 from megatron.engines.deepspeed_ranks import DeepSpeedRanks
 from megatron.engines.deepspeed_state import DeepSpeedState
 from megatron.engines.held import sum_of_squares
 from megatron.engines.master_weights import MasterWeights
-from megatron.engines.mesh_engine import MeshEngine, not_finite
+from megatron.engines.mesh_engine import MeshEngine, beyond, not_finite, step_result
 from megatron.engines.model_parts import ModelParts, build_pipeline, whole_parameters
 from megatron.engines.precision import COMPUTE_DTYPES
 from megatron.engines.row_losses import valid_targets
@@ -102,6 +103,7 @@ class DeepSpeedEngine(MeshEngine):
                 model=whole, optimizer=built, config=config, mpu=self._ranks, dist_init_required=False
             )
         self._inner = self._engine.basic_optimizer
+        self._norm = self._bounded_norm(deepspeed) if self._stage else None
         self._modules = computing
         self._model: Callable[..., Any] = computing[0] if self._masters else self._engine
         for master in self._masters if parallel.pipeline > 1 else []:
@@ -140,6 +142,9 @@ class DeepSpeedEngine(MeshEngine):
                     'parallel.offload = "none"'
                 ) from error
 
+    def _bounded_norm(self, deepspeed: Any) -> BoundedNorm:
+        return BoundedNorm(self._engine.optimizer, deepspeed.runtime.utils.get_global_norm_of_tensors)
+
     def _piece(self, part: LocalParameter) -> Piece:
         replica = part.copy or (self._stage == 0 and self._ranks.data.rank != 0)
         owned = not replica and (part.cut.dim is not None or self._mesh.tensor.rank == 0)
@@ -150,7 +155,7 @@ class DeepSpeedEngine(MeshEngine):
         for master in self._masters:
             master.refresh()
 
-    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> DoneStep:
+    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float, bounds: Bounds | None = None) -> DoneStep:
         """One update from the mean loss over the valid targets of all microbatches of all data ranks."""
         valid = valid_targets(self._mesh, [m.targets for m in microbatches])
         if valid == 0:
@@ -162,10 +167,11 @@ class DeepSpeedEngine(MeshEngine):
         loss = sum(total for total, _ in by_source.values()) / valid
         if self._pipeline is not None:
             self._finish_pipeline(loss)
-        grad_norm = self._update() if self._stage else self._update_masters(loss)
-        reason = not_finite(loss, grad_norm)
-        self._state.began |= not reason
-        return DoneStep(StepResult(loss, by_source, grad_norm, valid, not reason, reason))
+        bounds = bounds or Bounds()
+        grad_norm, dropped = self._update(loss, bounds) if self._norm else self._update_masters(loss, bounds)
+        done = step_result(loss, by_source, grad_norm, valid, bounds, dropped)
+        self._state.began |= done.updated
+        return DoneStep(done)
 
     def _forward_backward(self, placed: Sequence[Rows], scale: float) -> Tensor | None:
         """Gradients of scale x the losses; each row's sum of losses, where the head is held.
@@ -207,14 +213,19 @@ class DeepSpeedEngine(MeshEngine):
         if self._stage:
             self._engine.allreduce_gradients()
 
-    def _update(self) -> float:
-        """DeepSpeed's update, or its dropping of the step; the norm before clipping, infinite where dropped."""
+    def _update(self, loss: float, bounds: Bounds) -> tuple[float, bool]:
+        """DeepSpeed's update, or its dropping of the step; the norm before clipping, infinite where it is not finite,
+        and whether the step was dropped as a spike."""
+        assert self._norm is not None
+        self._norm.at_most(-math.inf if loss > bounds.loss else bounds.grad_norm)
         self._engine.step()
         if not self._engine.was_step_applied():
             self._state.after_dropped_step()
-        return float(self._engine.get_global_grad_norm())
+        if self._norm.hidden is not None:
+            return self._norm.hidden, True
+        return float(self._engine.get_global_grad_norm()), False
 
-    def _update_masters(self, loss: float) -> float:
+    def _update_masters(self, loss: float, bounds: Bounds) -> tuple[float, bool]:
         """ZeRO 0: sum, norm, clip, update."""
         for part in self._parameters:
             if part.cut.partial:
@@ -227,12 +238,13 @@ class DeepSpeedEngine(MeshEngine):
         bound = self._section.clip_grad_norm
         if 0 < bound < grad_norm < math.inf:
             torch._foreach_mul_(gradients, bound / grad_norm)
-        if not not_finite(loss, grad_norm):
+        spike = bool(beyond(loss, grad_norm, bounds))
+        if not (not_finite(loss, grad_norm) or spike):
             self._engine.step()
             self._refresh_copies()
         for master in self._masters:
             master.drop_gradients()
-        return grad_norm
+        return grad_norm, spike
 
     def _computing(self) -> Sequence[nn.Module]:
         return self._modules

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.errors import CheckpointError
-from megatron.engines.base import DoneStep, LaunchedStep, MicrobatchLike, StepResult
+from megatron.engines.base import Bounds, DoneStep, LaunchedStep, MicrobatchLike, StepResult
 from megatron.engines.row_losses import RowLosses, gather_rows
 from megatron.kernels.document_lengths import document_bounds
 from megatron.parallel.mesh import Mesh
@@ -45,13 +45,15 @@ class MeshEngine:
         """Each row's sum of losses without training, float64 [n]; None where the head is on another rank."""
         return self._run(rows, 1.0)[1] if self._pipeline is None else self._pipeline.evaluate(rows)
 
-    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> LaunchedStep:
+    def launch_step(
+        self, microbatches: Sequence[MicrobatchLike], lr: float, bounds: Bounds | None = None
+    ) -> LaunchedStep:
         """One optimizer step."""
         raise NotImplementedError
 
-    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> StepResult:
+    def train_step(self, microbatches: Sequence[MicrobatchLike], lr: float, bounds: Bounds | None = None) -> StepResult:
         """One optimizer step and what it did."""
-        return self.launch_step(microbatches, lr).result()
+        return self.launch_step(microbatches, lr, bounds).result()
 
     def _nothing_to_learn(self, microbatches: Sequence[MicrobatchLike]) -> DoneStep:
         """Of a batch without a valid target."""
@@ -129,3 +131,32 @@ def not_finite(loss: float, grad_norm: float) -> str:
     """Why a step with these makes no update; empty where it may."""
     names = [name for name, value in (("loss", loss), ("gradient norm", grad_norm)) if not math.isfinite(value)]
     return f"{' and '.join(names)} not finite" if names else ""
+
+
+def beyond(loss: float, grad_norm: float, bounds: Bounds) -> str:
+    """By how much a step is a spike, in words; empty where it is none."""
+    found = []
+    for name, value, bound, words in (
+        ("loss", loss, bounds.loss, bounds.loss_words),
+        ("gradient norm", grad_norm, bounds.grad_norm, bounds.grad_norm_words),
+    ):
+        if value > bound:
+            found.append(f"{name} {value:.4g} above {bound:.4g}" + f" ({words})" * bool(words))
+    return f"spike: {', '.join(found)}" if found else ""
+
+
+def step_result(
+    loss: float,
+    by_source: dict[int, tuple[float, int]],
+    grad_norm: float,
+    valid: int,
+    bounds: Bounds,
+    dropped: bool,
+) -> StepResult:
+    """Of a step that was left without an update where a number is not finite, or where it was `dropped` as a spike."""
+    reason, spike = not_finite(loss, grad_norm), ""
+    if dropped and not reason:
+        spike = (
+            beyond(loss, grad_norm, bounds) or f"spike: loss {loss:.4g} or gradient norm {grad_norm:.4g} at its bound"
+        )
+    return StepResult(loss, by_source, grad_norm, valid, not (reason or spike), reason or spike, bool(spike))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron.checkpoint.tensor_shards import TensorShards, TensorSource
 from megatron.config.errors import CheckpointError
 from megatron.config.schema import OptimizerSection
-from megatron.engines.base import LaunchedStep, MicrobatchLike, StepResult
+from megatron.engines.base import Bounds, LaunchedStep, MicrobatchLike, StepResult
 from megatron.engines.graphed import Capture, GraphedMicrobatches, cuda_capture
 from megatron.engines.held import (
     Held,
@@ -23,7 +23,7 @@ from megatron.engines.held import (
     squared_norm,
 )
 from megatron.engines.master_weights import MasterWeights
-from megatron.engines.mesh_engine import MeshEngine, not_finite
+from megatron.engines.mesh_engine import MeshEngine, step_result
 from megatron.engines.row_losses import RowLosses, valid_targets
 from megatron.kernels.gradient_norm import clip_scale
 from megatron.optim.build import (
@@ -71,12 +71,16 @@ class TorchStep:
     that has been launched since, the next step among it.
     """
 
-    def __init__(self, table: RowLosses, grad_norm: Tensor, valid: int, ready: bool) -> None:
+    def __init__(
+        self, table: RowLosses, grad_norm: Tensor, valid: int, ready: bool, bounds: Bounds | None = None
+    ) -> None:
         """grad_norm: float64 of no dimension, on the table's device. ready: whether the host may wait for them here."""
         self.table, self.grad_norm, self.ready = table, grad_norm, ready
-        self._valid = valid
+        self._valid, self._bounds = valid, bounds or Bounds()
         self._result: StepResult | None = None
-        self._numbers = torch.cat((table.table.flatten(), grad_norm.double().reshape(1)))
+        # Compared where the numbers are, once: a host that added up in another order could see the other side.
+        self.beyond = (table.table[0].sum() / valid > self._bounds.loss) | (grad_norm > self._bounds.grad_norm)
+        self._numbers = torch.cat((table.table.flatten(), torch.stack((grad_norm.double(), self.beyond.double()))))
         self._copied: torch.cuda.Event | None = None
         if self._numbers.is_cuda:
             on_host = torch.empty(self._numbers.shape, dtype=torch.float64, pin_memory=True)
@@ -89,10 +93,10 @@ class TorchStep:
         if self._result is None:
             if self._copied is not None:
                 self._copied.synchronize()
-            by_source = RowLosses(self._numbers[:-1].view(3, -1)).by_source()
-            loss, grad_norm = sum(total for total, _ in by_source.values()) / self._valid, float(self._numbers[-1])
-            reason = not_finite(loss, grad_norm)
-            self._result = StepResult(loss, by_source, grad_norm, self._valid, not reason, reason)
+            by_source = RowLosses(self._numbers[:-2].view(3, -1)).by_source()
+            grad_norm, spike = self._numbers[-2:].tolist()
+            loss = sum(total for total, _ in by_source.values()) / self._valid
+            self._result = step_result(loss, by_source, grad_norm, self._valid, self._bounds, bool(spike))
         return self._result
 
 
@@ -139,7 +143,9 @@ class TorchEngine(MeshEngine):
             stays_on_device = mesh.device.type == "cuda" and waits_for_no_numbers(optimizer)
         self._stays_on_device = stays_on_device
 
-    def launch_step(self, microbatches: Sequence[MicrobatchLike], lr: float) -> LaunchedStep:
+    def launch_step(
+        self, microbatches: Sequence[MicrobatchLike], lr: float, bounds: Bounds | None = None
+    ) -> LaunchedStep:
         """One update from the mean loss over the valid targets of the global batch."""
         valid = valid_targets(self._mesh, [m.targets for m in microbatches])
         if valid == 0:
@@ -152,6 +158,7 @@ class TorchEngine(MeshEngine):
             squared_norm(gradients, self._weights.held, self._mesh, self._squares).sqrt(),
             valid,
             ready=not self._stays_on_device,
+            bounds=bounds,
         )
         if self._stays_on_device:
             self._update_on_device(gradients, lr, step)
@@ -252,7 +259,7 @@ class TorchEngine(MeshEngine):
         everything stays as it was where `found_inf` is not 0."""
         scale, unusable = clip_scale(step.grad_norm.square(), self._section.clip_grad_norm)
         lost = step.table.table[0].sum().isfinite().logical_not()
-        self._update(gradients, lr, scale.float(), torch.maximum(unusable, lost.float()))
+        self._update(gradients, lr, scale.float(), torch.maximum(unusable, (lost | step.beyond).float()))
 
     def _clip(self, gradients: Mapping[str, Tensor], norm: float) -> None:
         bound = self._section.clip_grad_norm

@@ -10,6 +10,7 @@ from megatron.checkpoint.imported import ORIGIN
 from megatron.config.quantities import format_count
 from megatron.config.version import VERSION
 from megatron.data.ledger import Ledger, ledger_rows
+from megatron.data.ledger_events import event_words, not_trained
 from megatron.hf.card_evaluation import evaluation_lines, markdown_table
 from megatron.hf.checkpoint_source import CheckpointSource
 from megatron.hf.proof_record import Proof
@@ -110,7 +111,17 @@ def _ledger(source: CheckpointSource) -> list[str]:
         "Every source's tokens were trained on in one order that goes on across stages; order hash "
         f"`{ledger.order_hash}`, seed {ledger.seed}.",
         "",
+        *_events(ledger),
     ]
+
+
+def _events(ledger: Ledger) -> list[str]:
+    """What happened besides, and how much of the tables the weights have not seen."""
+    if not ledger.events:
+        return []
+    lost = ", ".join(f"{name} {count:,}" for name, count in not_trained(ledger.events).items())
+    note = ["", f"Tokens of the tables above that were consumed and not trained on: {lost}."] if lost else []
+    return ["## Events", "", *(f"- {event_words(event)}." for event in ledger.events), *note, ""]
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -49,7 +49,7 @@ class Console:
             return
         tokens = row["tokens"]
         pace = self._seconds_per_token.add(row["step_seconds"] / max(tokens, 1))
-        if row["skipped"]:
+        if row["skipped"] and not row.get("passed_over"):
             self.say(f"step {row['step']}: no update: {row['skip_reason']}")
         if self._bar is not None:
             self._bar.set_description_str(row["training_stage"], refresh=False)
@@ -71,6 +71,8 @@ class Console:
 
 
 def _numbers(row: Row) -> str:
+    if row.get("passed_over"):
+        return f"passed over, lr {row['lr']:.3g}"
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     return f"loss {loss} ({_losses(row['loss_by_source'])}), lr {row['lr']:.3g}"
 

@@ -60,9 +60,12 @@ def headline(data: ReportData) -> str:
     if data.validations:
         last = data.validations[-1]["validation"]
         figures += [(f"{last[name]:.3f}", f"held-out loss, {name}") for name in data.sources if last.get(name)]
-    skipped = sum(bool(row.get("skipped")) for row in data.steps)
+    passed_over = sum(bool(row.get("passed_over")) for row in data.steps)
+    skipped = sum(bool(row.get("skipped")) for row in data.steps) - passed_over
     if skipped:
-        figures.append((str(skipped), "steps without an update (not finite)"))
+        figures.append((str(skipped), "steps without an update (not finite, or a spike)"))
+    if passed_over:
+        figures.append((str(passed_over), "steps passed over after a spike"))
     cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(words)}</span></div>" for value, words in figures)
     return f'<div class="figures">{cells}</div>'
 

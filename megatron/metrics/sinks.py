@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.config.errors import StorageError
+from megatron.config.errors import IO_REMEDIES, StorageError
 
 Row = Mapping[str, Any]
 
@@ -42,16 +43,36 @@ class JsonlSink:
         """Appends the row. Raises StorageError."""
         line = json.dumps(_finite(row), allow_nan=False, ensure_ascii=False) + "\n"
         try:
-            self._file.write(line.encode())
+            self._append(line.encode())
         except OSError as error:
-            raise StorageError(f"{self.path}: cannot append a row: {error.strerror}: free some space") from error
+            raise _told(error, self.path, "append a row") from error
+
+    def _append(self, line: bytes) -> None:
+        """All of the line or nothing: a disk that becomes full takes a part without a word, and the next row, once
+        there is room again, would be glued to it."""
+        done = 0
+        try:
+            while done < len(line):
+                done += self._file.write(line[done:]) or 0
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - done)
+            raise
 
     def sync(self) -> None:
         """fsyncs the file. Raises StorageError."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise StorageError(f"{self.path}: cannot fsync: {error.strerror}: see to the disk") from error
+            raise _told(error, self.path, "fsync") from error
+
+    def cut_after(self, step: int) -> int:
+        """`cut_after` of its file, and goes on behind what is left."""
+        self._file.close()
+        try:
+            return cut_after(self.path, step)
+        finally:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def close(self) -> None:
         """Closes the file."""
@@ -62,12 +83,21 @@ def cut_after(path: Path, step: int) -> int:
     """Moves the rows of `path` past `step`, and lines torn by a kill, to NAME.discarded.jsonl; gives how many.
 
     They are appended there and made durable before the shortened file replaces the old one in one rename: a kill
-    between the two loses nothing (at worst a row is set aside twice).
+    between the two loses nothing (at worst a row is set aside twice). Raises StorageError; `path` is then as it was.
     """
     if not path.exists():
         return 0
     aside = path.with_name(f"{path.stem}.discarded.jsonl")
     kept_path = path.with_name(f".{path.name}.tmp")
+    try:
+        return _cut(path, step, kept_path, aside)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            kept_path.unlink(missing_ok=True)  # on a full disk, room for nothing
+        raise _told(error, path, f"set its rows beyond step {step} aside") from error
+
+
+def _cut(path: Path, step: int, kept_path: Path, aside: Path) -> int:
     count = 0
     with open(path, "rb") as rows, open(kept_path, "wb") as kept, open(aside, "ab") as discarded:
         for line in rows:
@@ -89,6 +119,11 @@ def cut_after(path: Path, step: int) -> int:
         if not aside.stat().st_size:
             aside.unlink()
     return count
+
+
+def _told(error: OSError, path: Path, action: str) -> StorageError:
+    remedy = IO_REMEDIES.get(error.errno or 0, "see to the disk")
+    return StorageError(f"{path}: cannot {action}: {error.strerror}: {remedy}, then start the run again")
 
 
 def _step_of(line: bytes) -> float:

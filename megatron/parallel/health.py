@@ -16,8 +16,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, TypeVar
 
-from megatron.config.errors import EXIT_BUG, EXIT_LOST_PROCESS, EXIT_WATCHDOG, exit_code_of
-from megatron.parallel.health_board import Board, host_name, rank_words
+from megatron.config.errors import EXIT_BUG, EXIT_LOST_PROCESS, EXIT_REQUEUE, EXIT_WATCHDOG, exit_code_of
+from megatron.parallel.health_board import Board, rank_words
+from megatron.parallel.health_signs import (
+    Blame,
+    Sign,
+    blame_of_hang,
+    blame_of_lost,
+    read_signs,
+    silent_words,
+    where_words,
+)
 from megatron.parallel.health_words import (
     first_line,
     follows_from_a_lost_peer,
@@ -26,6 +35,7 @@ from megatron.parallel.health_words import (
     waited_too_long,
     words_of,
 )
+from megatron.parallel.mesh import host_name
 
 T = TypeVar("T")
 
@@ -35,7 +45,9 @@ SHOWN = "shown"
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ends the job. hang: the others show their stacks, too. when: seconds since 1970 on its host."""
+    """Why a rank ends the job. hang: the others show their stacks, too. when: seconds since 1970 on its host. blamed:
+    of a rank that was lost or hangs, whose fault it looks like: (rank, host, suspected hosts).
+    """
 
     rank: int
     code: int
@@ -43,12 +55,37 @@ class Failure:
     hang: bool = False
     host: str = field(default_factory=host_name)
     when: int = field(default_factory=lambda: int(time.time()))
+    blamed: tuple[int | None, str | None, tuple[str, ...]] = (None, None, ())
+
+    @property
+    def told(self) -> bool:
+        """Whether it is of another rank than the one that tells of it, or of none."""
+        return self.code in (EXIT_LOST_PROCESS, EXIT_WATCHDOG)
+
+    @property
+    def stop(self) -> bool:
+        """Whether it is no failure: the rank was asked to stop."""
+        return self.code == EXIT_REQUEUE or self.code > 128
 
     @property
     def who(self) -> str:
         """Whose it is; of a rank that was lost or hangs, who told of it."""
-        told = self.code in (EXIT_LOST_PROCESS, EXIT_WATCHDOG)
-        return f"{rank_words([self.rank])} {'noticed it' if told else 'failed'} first"
+        return self.words()
+
+    def words(self, where: bool = False) -> str:
+        """The same; where: with the host."""
+        host = f" on {self.host}" if where else ""
+        verb = "was asked to stop" if self.stop else "noticed it" if self.told else "failed"
+        return f"{rank_words([self.rank])}{host} {verb} first"
+
+    @property
+    def blame(self) -> Blame:
+        """What exit.json says of it."""
+        if self.stop:
+            return Blame()
+        return (
+            Blame(self.blamed[0], self.blamed[1], tuple(self.blamed[2])) if self.told else Blame(self.rank, self.host)
+        )
 
 
 @dataclass(frozen=True)
@@ -77,17 +114,18 @@ class Health:
     """This rank's watch over itself and the others; `begin` starts it, `end` leaves the job in peace.
 
     watchdog_seconds: without progress until the job ends; 0: never. speaks: says in full what all ranks see and no
-    board keeps to one of them. To be set: record(code, reason), called where the process ends for a failure, so that
-    rank 0 writes exit.json; tell(message, when, trace), the same for the launcher; stop_asked(), whether a signal asked
-    this rank to stop.
+    board keeps to one of them. To be set: record(code, reason, blame), called where the process ends for a failure, so
+    that rank 0 writes exit.json; tell(message, when, trace), the same for the launcher; stop_asked(), whether a signal
+    asked this rank to stop; several_hosts, so that messages name them.
     """
 
     def __init__(
         self, board: Board, watchdog_seconds: int, patience: Patience | None = None, speaks: bool = True
     ) -> None:
-        self.record: Callable[[int, str], None] = lambda code, reason: None
+        self.record: Callable[[int, str, Blame], None] = lambda code, reason, blame: None
         self.tell: Callable[[str, int, str], None] = lambda message, when, trace: None
         self.stop_asked: Callable[[], bool] = lambda: False
+        self.several_hosts = False
         self._board = board
         self._speaks = speaks
         self._limit = watchdog_seconds
@@ -140,6 +178,19 @@ class Health:
             self.tell(message, first.when, "")
             _within(self._patience.poll, lambda: self._say(f"error: {message}"))
             self._ask(self._patience.poll, lambda: self._board.another().count(SHOWN))
+            # Without rank 0, which may hold the board, the rest would hear of nothing.
+            self._ask(self._patience.acknowledged + 1, lambda: self._acknowledge(self._board.rank == 0))
+
+    def leave(self, message: str) -> NoReturn:
+        """Ends this process, and the job, where it was asked to stop and there is nothing to be saved."""
+        self._end(self._claim(Failure(self._board.rank, EXIT_REQUEUE, message)))
+
+    def give_up(self, message: str) -> NoReturn:
+        """Ends this process, and the job, for something that did not come to its end in time: all show their stacks."""
+        signs = self._ask(10 * self._patience.poll + self._patience.grace, self._signs)
+        where = where_words(signs) if signs else "unknown, the store is silent"
+        message += f"; where the ranks were last: {where}. The stacks of all threads of each rank are on standard error"
+        self._end(self._claim(self._failure(EXIT_WATCHDOG, message, blame_of_hang(signs or []), hang=True)))
 
     # The end
 
@@ -162,12 +213,14 @@ class Health:
                 show_stacks(self._board.rank)
             if mine:
                 trace = traceback_of(error, first.code)
-                self._say(trace or f"error: {first.message}")
+                self._say(trace or (first.message if first.stop else f"error: {first.message}"))
                 self._ask(self._patience.poll, lambda: self._board.another().count(SHOWN))
             elif self._board.rank == 0 and not alike:
                 self._say(self._words_about(first))
             try:
-                self.record(first.code, first.message if mine or alike else f"{first.who}: {first.message}")
+                plain = mine or alike or first.stop
+                words = first.message if plain else f"{first.words(self.several_hosts)}: {first.message}"
+                self.record(first.code, words, first.blame)
             except Exception as second:
                 self._say(f"note: exit.json could not be written: {second}")
             self._tell_the_launcher(first, trace)
@@ -184,9 +237,10 @@ class Health:
             here = board.another()
             return here.wait(lambda: here.count(SHOWN, 0), seconds)
 
+        who = first.words(self.several_hosts)
         if self._ask(seconds + 1, shown):
-            return f"{first.who}, with exit code {first.code}: see its own message"
-        return f"error: {first.who}: {first.message}"
+            return f"{who}, with exit code {first.code}: see its own message"
+        return f"error: {who}: {first.message}"
 
     def _tell_the_launcher(self, first: Failure, trace: str) -> None:
         """torchrun takes the earliest for the cause, whoever ends first; each node has a torchrun of its own, so that
@@ -206,7 +260,8 @@ class Health:
             board.wait(lambda: board.count("acknowledged", 0) >= board.world_size, self._patience.acknowledged)
 
     def _say(self, text: str) -> None:
-        prefix = f"[rank {self._board.rank}] " if self._board.rank else ""
+        where = f" on {host_name()}" if self.several_hosts else ""
+        prefix = f"[rank {self._board.rank}{where}] " if self._board.rank or where else ""
         lines = "".join(f"{prefix}{line}\n" for line in text.splitlines())
         sys.stderr.write(lines)
         sys.stderr.flush()
@@ -250,24 +305,16 @@ class Health:
         self._end(self._claim(self._hung(f"no progress for {self._limit} seconds (health.watchdog_seconds)")))
 
     def _hung(self, seen: str) -> Failure:
-        seconds = 10 * self._patience.poll + self._patience.grace
-        where = self._ask(seconds, self._where) or "unknown, the store is silent"
+        signs = self._ask(10 * self._patience.poll + self._patience.grace, self._signs)
+        where = where_words(signs) if signs else "unknown, the store is silent"
         message = (
             f"watchdog: rank {self._board.rank}: {seen}; where the ranks were last: {where}. The stacks of all threads "
             "of each rank are on standard error"
         )
-        return Failure(self._board.rank, EXIT_WATCHDOG, message, hang=True)
+        return self._failure(EXIT_WATCHDOG, message, blame_of_hang(signs or []), hang=True)
 
-    def _where(self) -> str:
-        """Steps and phases of all ranks, those that are alike together, the rarest first."""
-        groups: dict[str, list[int]] = {}
-        for rank, (said, silent) in self._signs().items():
-            words = "not yet begun" if said is None else f"step {said[1]}, {said[2]}"
-            if silent and said is not None:
-                words += f" (no sign of life; host {said[3]})"
-            groups.setdefault(words, []).append(rank)
-        ordered = sorted(groups.items(), key=lambda item: (len(item[1]), item[1]))
-        return "; ".join(f"{rank_words(ranks)}: {words}" for words, ranks in ordered)
+    def _failure(self, code: int, message: str, blame: Blame, hang: bool = False) -> Failure:
+        return Failure(self._board.rank, code, message, hang, blamed=(blame.rank, blame.host, blame.suspects))
 
     def _hear_another(self) -> None:
         """Waits a little for another's failure; the other thread ends the process when there is one."""
@@ -280,29 +327,18 @@ class Health:
         return None if self._gone else _within(seconds, question)
 
     def _lost(self, seen: str) -> Failure:
-        found = self._ask(4 * self._patience.poll, self._silent_words)
-        who = " (rank 0, or the launcher that holds the store)" if found is None else found
+        signs = self._ask(4 * self._patience.poll, self._signs)
+        who = " (rank 0, or the launcher that holds the store)" if signs is None else silent_words(signs)
         message = f"another process of the job was lost without a word{who}"
         # Without a store every rank is the first to fail: those that do not speak for others say no more than this.
-        if found is not None or self._speaks:
+        if signs is not None or self._speaks:
             message += f"; seen here: {seen}. Was it killed (by a user, or by the system where memory ran out)? "
             message += "Start the same command again"
-        return Failure(self._board.rank, EXIT_LOST_PROCESS, message)
+        return self._failure(EXIT_LOST_PROCESS, message, blame_of_lost(signs or []))
 
-    def _silent_words(self) -> str:
-        """Which ranks say nothing, by a look at the board over some polls."""
-        silent = {rank: said for rank, (said, is_silent) in self._signs().items() if is_silent}
-        where = sorted({f"step {word[1]}, {word[2]}, host {word[3]}" for word in silent.values() if word})
-        return f" ({rank_words(list(silent))}: {'; '.join(where)})" if silent else ""
-
-    def _signs(self) -> dict[int, tuple[Any, bool]]:
-        """What each rank said last, and whether another than this one said nothing new over some polls."""
-        board = self._board.another()
-        keys = {rank: f"status/{rank}" for rank in range(board.world_size)}
-        before = {rank: board.read(key) for rank, key in keys.items()}
-        time.sleep(2.5 * self._patience.poll)
-        now = {rank: board.read(key) for rank, key in keys.items()}
-        return {rank: (said, rank != board.rank and said == before[rank]) for rank, said in now.items()}
+    def _signs(self) -> list[Sign]:
+        board, seconds = self._board.another(), 2.5 * self._patience.poll
+        return read_signs(board, seconds, lambda: self._tell(board, time.monotonic_ns()))
 
     # Watching without the board
 

@@ -12,7 +12,8 @@ import torch
 
 from megatron.config.errors import StagemixError
 from megatron.config.version import VERSION
-from megatron.parallel.health_board import Board, host_name
+from megatron.parallel.health_board import Board
+from megatron.parallel.mesh import host_name
 
 _SHOWN = 5
 

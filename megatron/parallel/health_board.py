@@ -6,21 +6,27 @@ A rank opens it first of all, so that whatever goes wrong afterwards on one rank
 from __future__ import annotations
 
 import json
-import socket
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron.config.errors import ConfigError, LostProcessError
-from megatron.parallel.mesh import Launched
+from megatron.parallel.mesh import Launched, host_name
+
+T = TypeVar("T")
 
 _FASTEST, _SLOWEST = 0.01, 0.25
+_LATE = 2.0
+"""More than its timeout for the store to say itself what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,6 @@ class Board:
         return value
 
 
-def host_name() -> str:
-    """This machine's name, for messages."""
-    return socket.gethostname()
-
-
 def open_board(who: Launched, start_seconds: int) -> Board:
     """The job's board; the others need not stand before it yet.
 
@@ -83,7 +84,7 @@ def open_board(who: Launched, start_seconds: int) -> Board:
     """
     try:
         found = rendezvous("env://", who.rank, who.world_size, timeout=timedelta(seconds=start_seconds))
-        store, _, _ = next(found)
+        store, _, _ = _in_time(start_seconds + _LATE, lambda: next(found))
     except ValueError as error:
         raise ConfigError(
             f"{who.world_size} processes were started and nothing says where they meet ({error}): export MASTER_ADDR "
@@ -96,6 +97,24 @@ def open_board(who: Launched, start_seconds: int) -> Board:
             "first one's host and that MASTER_PORT is free there and open to the others"
         ) from None
     return Board(PrefixStore("stagemix", store), who.rank, who.world_size)
+
+
+def _in_time(seconds: float, make: Callable[[], T]) -> T:
+    """What `make` gives. Where nobody listens, the store's own retries take twice the timeout that it was given and
+    more (torch 2.13), so that `make` runs in a thread that may be left behind. Raises what it raises, and DistError."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(make())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except FutureTimeoutError:
+        raise DistError("nothing answers at MASTER_ADDR:MASTER_PORT") from None
 
 
 def gather(board: Board, who: Launched, start_seconds: int, left: float) -> Board:

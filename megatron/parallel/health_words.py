@@ -10,7 +10,7 @@ import traceback
 import torch.distributed as dist
 
 from megatron.config.errors import EXIT_BROKEN_PIPE, EXIT_IO, EXIT_LOST_PROCESS, StagemixError
-from megatron.parallel.health_board import host_name
+from megatron.parallel.mesh import host_name
 
 
 def words_of(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,12 @@ class Launched:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+
+
+def host_name() -> str:
+    """This machine's name, for messages and records: in a job step of SLURM its own name for the node, which is what a
+    list of nodes to leave out takes."""
+    return (os.environ.get("SLURMD_NODENAME") if "SLURM_STEP_ID" in os.environ else None) or socket.gethostname()
 
 
 LAUNCHERS: tuple[tuple[str, tuple[str, str, str, str]], ...] = (

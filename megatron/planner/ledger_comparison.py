@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron.config.quantities import format_count
 from megatron.data.ledger import Ledger, SourceRecord, StageRecord
+from megatron.data.ledger_events import event_words
 from megatron.data.mixture import open_mixture
 from megatron.data.weight_function import Segment, WeightFunction
 
@@ -91,7 +92,7 @@ def differences(a: Ledger, b: Ledger) -> list[Difference]:
         found += _stage(number, one, other)
     if a.events != b.events:
         words = f"events: {len(a.events)} and {len(b.events)}"
-        only = [f"only in {side}: {event}" for side, event in _only(a.events, b.events)]
+        only = [f"only in {side}: {event_words(event)}" for side, event in _only(a.events, b.events)]
         found.append(Difference("events", "; ".join([words, *only]), a.events, b.events))
     return found
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from megatron.checkpoint.board import Board
 from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
 from megatron.config.errors import DataError
 from megatron.config.layout import Layout, resolve_layout
@@ -19,8 +20,10 @@ from megatron.config.quantities import format_count
 from megatron.config.schema import RunConfig
 from megatron.data.fim import sentinels_of
 from megatron.data.ledger import Ledger
+from megatron.data.ledger_events import Event
 from megatron.data.loader import BatchLoader, validation_batches
 from megatron.data.native import backend_name
+from megatron.data.schedule import Schedule
 from megatron.data.sources import TokenizerIdentity
 from megatron.engines.base import Engine
 from megatron.engines.build import build_engine
@@ -36,29 +39,44 @@ from megatron.trainer.chosen import Chosen, choose
 from megatron.trainer.evaluating import Evaluations, check_can_evaluate
 from megatron.trainer.hooks import Checkpoint, CompareOrder, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.job import Job, OneProcess
-from megatron.trainer.loop import Run
+from megatron.trainer.loop import Run, train
 from megatron.trainer.resume import Start, check_shape, find_checkpoint, settle
+from megatron.trainer.rolling_back import RollingBack, finder, open_again, take_up
 from megatron.trainer.run_folder import RunFolder
 from megatron.trainer.saving import Saver, constants_of, files_of
+from megatron.trainer.spike_bounds import leaps
+from megatron.trainer.spikes import GoBack, SpikeWatch
 from megatron.trainer.state import TrainerState
+from megatron.trainer.stopping import Stopping
 from megatron.trainer.takeover import StageStart, check_takes
 
 
 @dataclass
 class Built:
-    """A run that is ready for its first step. `close` ends what it opened."""
+    """A run that is ready for its first step. `close` ends what it opened. again: goes back, and gives the run."""
 
     run: Run
     loader: BatchLoader
     sinks: list[Sink]
-    samples: int
+    schedule: Schedule
     manager: CheckpointManager
     evaluations: Evaluations
+    again: Callable[[GoBack], Built] = field(repr=False)
+
+    def train(self) -> str:
+        """Trains as `loop.train`, over again from an earlier step as often as the policy about spikes says."""
+        while True:
+            try:
+                return train(self.run)
+            except GoBack as back:
+                self.evaluations.close()
+                self.loader.close()
+                vars(self).update(vars(self.again(back)))
 
     @property
     def complete(self) -> bool:
         """Whether every sample of the schedule is consumed."""
-        return self.run.state.consumed_samples >= self.samples
+        return self.run.state.consumed_samples >= self.schedule.samples
 
     def finish(self) -> None:
         """Waits for a save that runs beside training, raising what went wrong in it; where the run is complete, for
@@ -98,7 +116,7 @@ def build(
     folder: RunFolder,
     state: TrainerState,
     console: Console,
-    stop_signal: Callable[[], str],
+    stopping: Stopping,
     job: Job | None = None,
 ) -> Built | None:
     """The run of a config, at the position that its folder says; `state` is filled in. None: it is complete.
@@ -118,15 +136,11 @@ def build(
     job.agree("data", data_facts(resolved, tokenizer), DataError)
     if found:
         vars(state).update(vars(TrainerState.from_json(found.state)))
+    events = take_up(config.spikes, folder, state, job, console.say)
     if state.consumed_samples >= resolved.schedule.samples:
-        _evaluate_complete_run(config, resolved, folder, state, console, manager, stop_signal, job)
+        _evaluate_complete_run(config, resolved, folder, state, console, manager, stopping, job)
         return None
-    shape = resolve_model(
-        config.model, tokenizer.vocab_size, max(stage.seq_length for stage in resolved.schedule.stages)
-    )
-    check_takes(config.stages[len(resolved.ledger.stages) :], shape, board)
-    if found:
-        check_shape(found, shape)
+    shape = _checked_shape(config, tokenizer, resolved, found, board)
     chosen = choose(config, shape, found, job)
     _check_layout(config, layout, shape, resolved, chosen.precision.name)
     mesh = job.open_mesh(layout)
@@ -144,12 +158,37 @@ def build(
     saver = Saver(manager, state, engine, sinks, constants, resolved, files, config.checkpoint.asynchronous)
     lines = description(config, resolved, engine, chosen, found, state)
     lines += [f"  note: {note}" for note in notes_of_layout(config.parallel, layout, shape, job.who.local_world_size)]
-    lines.append(f"resolved config, kept in {folder.path / 'config.toml'} and with every checkpoint:")
-    for line in [*lines, *(f"  {line}".rstrip() for line in resolved_words.splitlines())]:
-        console.say(line)
+    _say_what_runs(lines, resolved_words, folder, console.say)
     console.begin(resolved.schedule.tokens, state.consumed_tokens)
     begin = StageStart(config.stages, shape, engine, state, config.run.seed, console.say, board)
-    return _assemble(config, resolved, saver, begin, stop_signal, job, mesh, folder, console.say)
+
+    def again(back: GoBack) -> Built:
+        events = RollingBack(folder, manager, engine, state, sinks, job, console.say)(back)
+        then = open_again(job, back, lambda: _resolve(config, tokenizer, back.found, allow_lr_change, job, layout))
+        earlier = replace(saver, resolved=then)
+        return _assemble(config, then, earlier, begin, stopping, job, mesh, folder, console.say, events, again)
+
+    return _assemble(config, resolved, saver, begin, stopping, job, mesh, folder, console.say, events, again)
+
+
+def _checked_shape(
+    config: RunConfig, tokenizer: Tokenizer, resolved: ResolvedRun, found: CheckpointRef | None, board: Board
+) -> ModelShape:
+    """The model's, which is that of the checkpoint, and fits what stages will take over."""
+    longest = max(stage.seq_length for stage in resolved.schedule.stages)
+    shape = resolve_model(config.model, tokenizer.vocab_size, longest)
+    check_takes(config.stages[len(resolved.ledger.stages) :], shape, board)
+    if found:
+        check_shape(found, shape)
+    return shape
+
+
+def _say_what_runs(lines: Sequence[str], resolved_words: str, folder: RunFolder, say: Callable[[str], None]) -> None:
+    for line in lines:
+        say(line)
+    say(f"resolved config, kept in {folder.path / 'config.toml'} and with every checkpoint:")
+    for line in resolved_words.splitlines():
+        say(f"  {line}".rstrip())
 
 
 def _assemble(
@@ -157,52 +196,74 @@ def _assemble(
     resolved: ResolvedRun,
     saver: Saver,
     begin_training_stage: Callable[[str], None],
-    stop_signal: Callable[[], str],
+    stopping: Stopping,
     job: Job,
     mesh: Mesh,
     folder: RunFolder,
     say: Callable[[str], None],
+    events: Sequence[Event],
+    again: Callable[[GoBack], Built],
 ) -> Built:
-    """The loop's pieces around what the saver already holds: state, engine, sinks."""
+    """The loop's pieces around what the saver already holds: state, engine, sinks. events: of the ledger, new ones."""
     train, validation, names = config.train, config.validation, sorted(resolved.sources)
     state, engine, sinks, clock = saver.state, saver.engine, saver.sinks, job.clock()
     held_out = validation_batches(resolved.sources, config.model.seq_length, train.micro_batch_size, validation.samples)
-    loader = BatchLoader(
-        resolved.stream(),
-        resolved.sources,
-        train.micro_batch_size,
-        config.data.prefetch,
-        workers=config.data.workers,
-        pin_memory=True,  # of effect only where there is a CUDA device to copy to
-        data_rank=mesh.data.rank,
-        data_size=mesh.data.size,
-    )
+    loader = _loader(config, resolved, state, mesh)
+    watch = _watch(config, resolved, saver, events, say)
     ends = frozenset(stage.end_sample for stage in resolved.schedule.stages)
+    stopping.plan(saver, mesh, clock, train, validation.every, len(held_out))
     evaluations = Evaluations(
-        config.evaluation, folder, job, state, sinks, saver.manager, clock, ends, say, stop_signal
+        config.evaluation, folder, job, state, sinks, saver.manager, clock, ends, say, stopping.reason
     )
     evaluations.begin()
+    checkpoint = Checkpoint(config.checkpoint.every, saver, clock, saver.poll, stopping.saves_now)
     run = Run(
         state=state,
         engine=engine,
         batches=loader,
         timeline=ResolvedTimeline(resolved, ends),
         begin_training_stage=begin_training_stage,
-        stop_signal=stop_signal,
+        asked=stopping.asked,
         over_ranks=job.over_ranks(mesh),
         hooks=[
             lambda step: job.at("after a step", step.state.step),
             Log(sinks, names, clock, engine.describe()),
+            stopping.after_step,
             CompareOrder(resolved.ledger.order),
+            watch,
             Validate(validation.every, engine, held_out, names, sinks, clock),
             StopWhereNothingIsLearnt(train.max_non_finite, saver.manager.newest_name),
-            Checkpoint(config.checkpoint.every, saver, clock, saver.manager.poll),
+            checkpoint,
             evaluations,
         ],
         clock=clock,
         looks_at=lambda step: step % config.checkpoint.every == 0 or step % validation.every == 0,
+        save_at_stop=lambda: stopping.at_stop(checkpoint.at_stop),
+        launch=watch.launch,
     )
-    return Built(run, loader, list(sinks), resolved.schedule.samples, saver.manager, evaluations)
+    return Built(run, loader, list(sinks), resolved.schedule, saver.manager, evaluations, again)
+
+
+def _loader(config: RunConfig, resolved: ResolvedRun, state: TrainerState, mesh: Mesh) -> BatchLoader:
+    return BatchLoader(
+        resolved.stream(),
+        resolved.sources,
+        config.train.micro_batch_size,
+        config.data.prefetch,
+        workers=config.data.workers,
+        pin_memory=True,  # of effect only where there is a CUDA device to copy to
+        data_rank=mesh.data.rank,
+        data_size=mesh.data.size,
+        passes_over=state.spikes.passes_over,
+    )
+
+
+def _watch(
+    config: RunConfig, resolved: ResolvedRun, saver: Saver, events: Sequence[Event], say: Callable[[str], None]
+) -> SpikeWatch:
+    known, names = [*resolved.ledger.events, *events], sorted(resolved.sources)
+    starts, limit = leaps(resolved.schedule), config.train.max_non_finite
+    return SpikeWatch(config.spikes, saver.state, starts, known, names, limit, finder(saver.manager, say), say)
 
 
 def _evaluate_complete_run(
@@ -212,18 +273,22 @@ def _evaluate_complete_run(
     state: TrainerState,
     console: Console,
     manager: CheckpointManager,
-    stop_signal: Callable[[], str],
+    stopping: Stopping,
     job: Job,
 ) -> None:
     """All ranks: what is still to be evaluated of a run that has nothing to train any more."""
     sinks: list[Sink] = [JsonlSink(folder.metrics), console] if job.writes else []
     ends = frozenset(stage.end_sample for stage in resolved.schedule.stages)
     evaluations = Evaluations(
-        config.evaluation, folder, job, state, sinks, manager, job.clock(), ends, console.say, stop_signal
+        config.evaluation, folder, job, state, sinks, manager, job.clock(), ends, console.say, stopping.reason
     )
+    stopping.begins()
     try:
         evaluations.begin()
         evaluations.finish()
+        if job.writes:  # a kill in the run's last save left it undone
+            manager.sweep()
+            manager.retire()
     finally:
         evaluations.close()
         for sink in sinks:

@@ -153,7 +153,7 @@ class Evaluations:
         at_an_end = step.ends_training_stage and self._section.at_stage_ends
         between = bool(every) and state.step % every == 0
         if at_an_end or between:
-            saved = step.ends_training_stage or state.skipped_in_row == 0
+            saved = step.ends_training_stage or step.learnt
             if not saved and self._job.writes:
                 self._say(f"step {state.step} is not evaluated: it was not saved, while steps go without an update")
             if saved:

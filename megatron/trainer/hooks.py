@@ -10,7 +10,7 @@ from megatron.data.ledger import add_to_order, hash_words
 from megatron.engines.base import Engine, MicrobatchLike
 from megatron.metrics.meters import StepClock
 from megatron.metrics.sinks import Sink
-from megatron.trainer.state import Step
+from megatron.trainer.state import Step, TrainerState
 
 ASIDE = ("validation", "checkpoint", "evaluation")
 """Time spent on these is reported under its own name and left out of step_seconds."""
@@ -60,6 +60,8 @@ class Log:
             "samples_by_source": step.batch.samples_by_source,
             "batch_digest": step.batch.digest,
         }
+        if step.batch.passed_over:
+            return {**row, "passed_over": True, "skip_reason": result.reason, "batch_digest": None}
         return row if result.updated else {**row, "skip_reason": result.reason}
 
     def _what_it_took(self, step: Step) -> dict[str, Any]:
@@ -99,7 +101,8 @@ class CompareOrder:
 
 
 class Validate:
-    """Evaluates held-out samples by source every `every` steps and at the end of each training stage."""
+    """Evaluates held-out samples by source every `every` steps and at the end of each training stage; of steps that
+    are passed over, which leave weights as they are, at the latter alone."""
 
     def __init__(
         self,
@@ -119,7 +122,8 @@ class Validate:
 
     def __call__(self, step: Step) -> None:
         """Evaluates where it is time to."""
-        if self._microbatches and (step.state.step % self._every == 0 or step.ends_training_stage):
+        due = step.state.step % self._every == 0 and not step.batch.passed_over
+        if self._microbatches and (due or step.ends_training_stage):
             with self._clock.spending("validation"):
                 sums = self._engine.evaluate(self._microbatches)
             state = step.state
@@ -155,10 +159,11 @@ class StopWhereNothingIsLearnt:
 
 
 class Checkpoint:
-    """Saves every `every` steps, at the end of each training stage (kept for good) and when the run stops.
+    """Saves every `every` steps, at the end of each training stage (kept for good), when asked to and when the run
+    stops.
 
-    While steps go without an update nothing that could wait is saved, and nothing older is deleted: the last good
-    checkpoints must not be pushed out by a run that has gone wrong.
+    While steps go without an update, or are passed over, nothing that could wait is saved, and nothing older is
+    deleted: the last good checkpoints must not be pushed out by a run that has gone wrong.
     """
 
     def __init__(
@@ -167,21 +172,36 @@ class Checkpoint:
         save: Callable[[bool, bool], None],
         clock: StepClock,
         poll: Callable[[], None] = lambda: None,
+        asked_for: Callable[[], None] = lambda: None,
     ) -> None:
-        """poll: raises what went wrong in a save that ran beside training."""
+        """poll: raises what went wrong in a save that ran beside training. asked_for: called before a save that was
+        asked for out of turn."""
         self._every = every
         self._save = save
         self._clock = clock
         self._poll = poll
+        self._asked_for = asked_for
+        self._saved = -1
 
     def __call__(self, step: Step) -> None:
         """Calls save(keep_forever, retire) where it is time to."""
         self._poll()
-        learning = step.state.skipped_in_row == 0
+        learning = step.learnt
         due = step.state.step % self._every == 0 and learning
-        if due or step.ends_training_stage or step.stop:
+        saves = bool(due or step.ends_training_stage or step.stop or step.save)
+        self._saved = step.state.step if saves else -1
+        if step.save:
+            self._asked_for()
+        if saves:
             with self._clock.spending("checkpoint"):
                 self._save(step.ends_training_stage, learning)
+
+    def at_stop(self, state: TrainerState) -> None:
+        """Saves a run that stops between two steps, unless it was saved after the last one."""
+        if self._saved != state.step:
+            self._saved = state.step
+            with self._clock.spending("checkpoint"):
+                self._save(False, state.skipped_in_row == 0 and not state.spikes.passes_over(state.step))
 
 
 def mean(total: float, count: int) -> float | None:

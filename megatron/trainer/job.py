@@ -19,8 +19,18 @@ from megatron.metrics.meters import StepClock
 from megatron.parallel.health import Health
 from megatron.parallel.health_agreement import agree
 from megatron.parallel.health_board import gather, open_board
-from megatron.parallel.mesh import Launched, Mesh, close_mesh, local_device, one_process_mesh, open_mesh
+from megatron.parallel.mesh import (
+    Launched,
+    Mesh,
+    close_mesh,
+    host_name,
+    local_device,
+    one_process_mesh,
+    open_mesh,
+)
 from megatron.parallel.rank_board import RankBoard
+from megatron.trainer.decisions import reasons_of
+from megatron.trainer.heartbeat import Pulse
 from megatron.trainer.over_ranks import AllRanks, OneRank, OverRanks
 
 T = TypeVar("T")
@@ -37,6 +47,10 @@ class Job(Protocol):
     def writes(self) -> bool:
         """Whether this process writes the run's folder, and speaks."""
 
+    @property
+    def pulse(self) -> Pulse:
+        """What this process does at the moment."""
+
     def share(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON value that rank 0 makes, on every rank."""
 
@@ -48,7 +62,7 @@ class Job(Protocol):
         """Returns where the facts are the same on every rank; raises `kind` on a rank whose differ from rank 0's."""
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Notes progress, for the watchdog."""
+        """Notes progress, for the watchdog and the heartbeat."""
 
     def while_rank_0(self, phase: str, work: Callable[[Callable[[], bool]], None], stop: Callable[[], bool]) -> None:
         """All ranks: rank 0 works, however long, and the others wait for it. work is given what it must call at least
@@ -64,7 +78,7 @@ class Job(Protocol):
     def over_ranks(self, mesh: Mesh) -> OverRanks:
         """What is summed over ranks in each step."""
 
-    def clock(self) -> StepClock:
+    def clock(self) -> WatchedClock:
         """The clock of the loop."""
 
 
@@ -73,6 +87,10 @@ class OneProcess:
 
     who = Launched()
     writes = True
+
+    def __init__(self, section: HealthSection | None = None) -> None:
+        self.pulse = Pulse()
+        self._reasons = reasons_of((section or HealthSection()).stop_signals)
 
     def share(self, name: str, make: Callable[[], Any]) -> Any:
         """The value."""
@@ -86,10 +104,12 @@ class OneProcess:
         """One process agrees."""
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Nobody watches."""
+        """For the heartbeat."""
+        self.pulse.at(phase)
 
     def while_rank_0(self, phase: str, work: Callable[[Callable[[], bool]], None], stop: Callable[[], bool]) -> None:
         """Nobody waits."""
+        self.at(phase)
         work(stop)
 
     def checkpoint_board(self) -> Board:
@@ -102,11 +122,11 @@ class OneProcess:
 
     def over_ranks(self, mesh: Mesh) -> OverRanks:
         """Nothing to sum."""
-        return OneRank()
+        return OneRank(self._reasons)
 
-    def clock(self) -> StepClock:
-        """A plain clock."""
-        return StepClock()
+    def clock(self) -> WatchedClock:
+        """A clock whose names are this process's phases."""
+        return WatchedClock(self.at)
 
 
 class Rank:
@@ -116,6 +136,8 @@ class Rank:
         """Finds the store of the job. Raises LostProcessError, ConfigError."""
         self.who = who
         self.writes = who.rank == 0
+        self.pulse = Pulse()
+        self._reasons = reasons_of(section.stop_signals)
         self._start_seconds, self._begin = section.start_seconds, time.monotonic()
         # Longer than the watchdog waits, which knows more than a collective that gives up.
         self._limit_seconds = max(section.start_seconds, section.watchdog_seconds + 60)
@@ -129,7 +151,13 @@ class Rank:
         """Waits for the others, and watches them from then on. Raises LostProcessError."""
         left = max(1.0, self._start_seconds - (time.monotonic() - self._begin))
         self._board = gather(self._board, self.who, self._start_seconds, left)
+        self.health.several_hosts = self._board.nodes > 1
         self.health.begin()
+
+    def hosts(self) -> list[str]:
+        """The hosts of all ranks, sorted; a question for each rank."""
+        board = self._board
+        return sorted({str(board.read(f"here/{rank}") or host_name()) for rank in range(board.world_size)})
 
     def share(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON value that rank 0 makes."""
@@ -159,6 +187,7 @@ class Rank:
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Notes progress."""
+        self.pulse.at(phase)
         self.health.at(phase, step)
 
     def while_rank_0(self, phase: str, work: Callable[[Callable[[], bool]], None], stop: Callable[[], bool]) -> None:
@@ -198,9 +227,9 @@ class Rank:
 
     def over_ranks(self, mesh: Mesh) -> OverRanks:
         """Sums over the mesh."""
-        return AllRanks(mesh)
+        return AllRanks(mesh, self._reasons)
 
-    def clock(self) -> StepClock:
+    def clock(self) -> WatchedClock:
         """A clock whose names are this rank's phases."""
         return WatchedClock(self.at)
 
@@ -221,15 +250,19 @@ class Rank:
 
 
 class WatchedClock(StepClock):
-    """A clock that tells what the rank is doing: every name that time is spent on is a phase."""
+    """A clock that tells what the process is doing: every name that time is spent on is a phase. took: hears of each
+    how long it was."""
 
     def __init__(self, at: Callable[..., None]) -> None:
         super().__init__()
         self._at = at
+        self.took: Callable[[str, float], None] = lambda name, seconds: None
 
     @contextmanager
     def spending(self, name: str) -> Iterator[None]:
         """Tells the phase, and counts the time inside under its name."""
         self._at(name)
+        began = time.monotonic()
         with super().spending(name):
             yield
+        self.took(name, time.monotonic() - began)

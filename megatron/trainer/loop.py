@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron.engines.base import Engine, LaunchedStep
 from megatron.metrics.meters import StepClock
+from megatron.trainer.decisions import Decision
 from megatron.trainer.over_ranks import OverRanks
 from megatron.trainer.state import BatchLike, Step, TrainerState
 
@@ -22,12 +23,18 @@ class Timeline(Protocol):
         """Whether a training stage ends at this number of consumed samples of the whole run."""
 
 
+def launch_plainly(engine: Engine, batch: BatchLike, lr: float) -> LaunchedStep:
+    """A step without bounds."""
+    return engine.launch_step(batch.microbatches, lr)
+
+
 @dataclass
 class Run:
     """The pieces of a run, put together by `build`.
 
-    stop_signal: the one that this process was sent; empty: none. looks_at: whether a hook wants the weights as they are
-    after a step of this number.
+    asked: what this process was asked by now, see `Stopping`. looks_at: whether a hook wants the weights as they are
+    after a step of this number; what it does may take minutes, and whoever asked meanwhile need not wait for another
+    step. save_at_stop: saves a run that stops between two steps. launch: how a batch becomes a step of the engine.
     """
 
     state: TrainerState
@@ -35,11 +42,13 @@ class Run:
     batches: Iterable[BatchLike]
     timeline: Timeline
     begin_training_stage: Callable[[str], None]
-    stop_signal: Callable[[], str]
+    asked: Callable[[], Sequence[str]]
     over_ranks: OverRanks
     hooks: list[Callable[[Step], None]]
     clock: StepClock
     looks_at: Callable[[int], bool] = lambda step: True
+    save_at_stop: Callable[[], None] = lambda: None
+    launch: Callable[[Engine, BatchLike, float], LaunchedStep] = launch_plainly
 
 
 @dataclass(frozen=True)
@@ -50,17 +59,17 @@ class _Begun:
     launched: LaunchedStep
     lr: float
     ends: bool
-    stop: str
+    decision: Decision
 
 
 def train(run: Run) -> str:
     """Trains until the schedule is over or any rank is asked to stop; a step that was begun is always finished.
 
     Where a device works by itself, a step is looked at when the next one has been launched; but at once where weights
-    are wanted as they are after it. Gives the name of the signal that stopped it; empty where it came to its end.
+    are wanted as they are after it. Gives what stopped it, a signal's name say; empty where it came to its end.
     """
     state, last = run.state, None
-    if stop := run.over_ranks.stop_asked(run.stop_signal()):
+    if stop := run.over_ranks.decide(run.asked()).stop:
         return stop
     samples, tokens, stage = state.consumed_samples, state.consumed_tokens, state.training_stage
     for batch in run.clock.waiting("data", run.batches):
@@ -69,16 +78,25 @@ def train(run: Run) -> str:
         samples, tokens, stage = samples + batch.samples, tokens + batch.tokens, batch.training_stage
         lr = run.timeline.learning_rate(tokens)
         with run.clock.spending("engine"):
-            launched = run.engine.launch_step(batch.microbatches, lr)
-        whole, stop = run.over_ranks.end_of_step(batch, run.stop_signal())
+            launched = run.launch(run.engine, batch, lr)
+        whole, decision = run.over_ranks.end_of_step(batch, run.asked(), _skipped(state, launched))
         _finish(run, last)
-        last = _Begun(whole, launched, lr, run.timeline.ends_training_stage(samples), stop)
-        if launched.ready or last.ends or stop or run.looks_at(state.step + 1):
+        last = _Begun(whole, launched, lr, run.timeline.ends_training_stage(samples), decision)
+        looked = last.ends or decision.stop or decision.save or run.looks_at(state.step + 1)
+        if launched.ready or looked:
             last = _finish(run, last)
-        if stop:
+        if decision.stop:
+            return decision.stop
+        if looked and (stop := run.over_ranks.decide(run.asked()).stop):
+            run.save_at_stop()
             return stop
     _finish(run, last)
     return ""
+
+
+def _skipped(state: TrainerState, launched: LaunchedStep) -> int:
+    """Steps that are known here to have made no update, this one among them where it is known at once."""
+    return state.skipped + (launched.ready and not launched.result().updated)
 
 
 def _finish(run: Run, begun: _Begun | None) -> None:
@@ -88,6 +106,6 @@ def _finish(run: Run, begun: _Begun | None) -> None:
     with run.clock.spending("engine"):
         result = begun.launched.result()
     run.state.advance(begun.batch, result)
-    step = Step(run.state, begun.batch, result, begun.lr, begun.ends, begun.stop)
+    step = Step(run.state, begun.batch, result, begun.lr, begun.ends, begun.decision.stop, begun.decision.save)
     for hook in run.hooks:
         hook(step)

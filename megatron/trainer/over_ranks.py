@@ -1,70 +1,88 @@
-"""A step's numbers over all ranks, and whether any rank was asked to stop: one small sum on the host a step."""
+"""A step's numbers over all ranks, and what any rank was asked by now: one small sum on the host a step."""
 
 from __future__ import annotations
 
-import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast
 
 from megatron.parallel.mesh import Mesh
-from megatron.trainer.signals import HANDLED
+from megatron.trainer.decisions import Decision, decision_of
 from megatron.trainer.state import BatchLike
 
 _WORD = 2**64 - 1
 _MANY = 2**20
-"""More than there are ranks: requests by signal are counted in digits of this base."""
+"""More than there are ranks: what they were asked is counted in digits of this base."""
+_DIGITS = 3
+"""Of a number of the sum."""
 
 B = TypeVar("B", bound=BatchLike)
 
 
 class OverRanks(Protocol):
-    """Called by all ranks at the same places. Signals are names; empty: none."""
+    """Called by all ranks at the same places. asked: what this one was asked, see `stopping`."""
 
-    def stop_asked(self, signal_name: str) -> str:
-        """The signal by which any rank was asked to stop."""
+    def decide(self, asked: Sequence[str]) -> Decision:
+        """What all ranks do."""
 
-    def end_of_step(self, batch: B, signal_name: str) -> tuple[B, str]:
-        """The batch with the global batch's digest and sums, and what `stop_asked` gives."""
+    def end_of_step(self, batch: B, asked: Sequence[str], skipped: int = 0) -> tuple[B, Decision]:
+        """The batch with the global batch's digest and sums, and what `decide` gives. skipped: steps that this rank
+        has seen to make no update, which must be as many on all."""
 
 
 class OneRank:
-    """One process: its numbers are the global ones."""
+    """One process: its numbers are the global ones, and what it is asked is decided."""
 
-    def stop_asked(self, signal_name: str) -> str:
-        """The process's own."""
-        return signal_name
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self._reasons = reasons
 
-    def end_of_step(self, batch: B, signal_name: str) -> tuple[B, str]:
-        """As they are."""
-        return batch, signal_name
+    def decide(self, asked: Sequence[str]) -> Decision:
+        """As it was asked."""
+        return decision_of(asked, self._reasons)
+
+    def end_of_step(self, batch: B, asked: Sequence[str], skipped: int = 0) -> tuple[B, Decision]:
+        """The batch as it is."""
+        return batch, decision_of(asked, self._reasons)
 
 
 class AllRanks:
     """Sums over a mesh. Each data rank counts once, through the first of the ranks that read the same rows; all of
     these are compared: RuntimeError names those that read something else."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, reasons: Sequence[str]) -> None:
+        """reasons: all that a rank may be asked by, the one that counts first."""
+        self._mesh, self._reasons = mesh, tuple(reasons)
         place = mesh.place
         self._counts = place.pipeline == place.context == place.tensor == 0
         self._alike = mesh.world_size // mesh.layout.data
 
-    def stop_asked(self, signal_name: str) -> str:
-        """The first of the handled signals, in their order, that any rank was sent."""
-        return self._first_of(self._mesh.sum_on_host([_digit_of(signal_name)])[0])
+    def decide(self, asked: Sequence[str]) -> Decision:
+        """From what any rank was asked."""
+        return self._decided(self._mesh.sum_on_host(self._counted(asked)))
 
-    def end_of_step(self, batch: B, signal_name: str) -> tuple[B, str]:
-        """The global numbers. Raises RuntimeError where ranks of one data rank read different rows."""
+    def end_of_step(self, batch: B, asked: Sequence[str], skipped: int = 0) -> tuple[B, Decision]:
+        """The global numbers. Raises RuntimeError where ranks of one data rank read different rows, or ranks differ in
+        what they left without an update: their weights would have parted."""
         part = cast(Any, batch)
         mine = [int(part.digest, 16), *part.loaded, part.valid_targets]
         counted = [number if self._counts else 0 for number in mine]
-        *sums, asked = self._mesh.sum_on_host([*counted, *mine, _digit_of(signal_name)])
-        whole, all_ranks = sums[: len(mine)], sums[len(mine) :]
+        sums = self._mesh.sum_on_host([*counted, *mine, skipped, *self._counted(asked)])
+        whole, all_ranks = sums[: len(mine)], sums[len(mine) : 2 * len(mine)]
+        together, *votes = sums[2 * len(mine) :]
         if any((alike - self._alike * one) & _WORD for one, alike in zip(whole, all_ranks, strict=True)):
             self._name_who_differs(mine)
+        if together != self._mesh.world_size * skipped:
+            self._name_who_skipped(skipped)
         digest, first, second, valid = (number & _WORD for number in whole)
         full = replace(part, digest=f"{digest:016x}", loaded=(first, second), valid_targets=valid)
-        return full, self._first_of(asked)
+        return full, self._decided(votes)
+
+    def _name_who_skipped(self, skipped: int) -> None:
+        counts = self._mesh.sum_on_host([skipped if n == self._mesh.rank else 0 for n in range(self._mesh.world_size)])
+        raise RuntimeError(
+            f"ranks have left different numbers of steps without an update ({', '.join(map(str, counts))}, by rank): "
+            "their weights have parted, and nothing was saved since; go on from the last checkpoint, and report this"
+        )
 
     def _name_who_differs(self, mine: list[int]) -> None:
         mesh, size = self._mesh, self._mesh.world_size
@@ -81,13 +99,18 @@ class AllRanks:
             "nothing was saved since; go on from the last checkpoint, and report this"
         )
 
-    @staticmethod
-    def _first_of(total: int) -> str:
-        for place, number in enumerate(HANDLED):
-            if total // _MANY**place % _MANY:
-                return number.name
-        return ""
+    def _counted(self, asked: Sequence[str]) -> list[int]:
+        """A digit for each reason, _DIGITS of them a number."""
+        numbers = [0] * (-(-len(self._reasons) // _DIGITS))
+        for reason in asked:
+            place = self._reasons.index(reason)
+            numbers[place // _DIGITS] += _MANY ** (place % _DIGITS)
+        return numbers
 
-
-def _digit_of(signal_name: str) -> int:
-    return _MANY ** HANDLED.index(signal.Signals[signal_name]) if signal_name else 0
+    def _decided(self, votes: Sequence[int]) -> Decision:
+        asked = [
+            reason
+            for place, reason in enumerate(self._reasons)
+            if votes[place // _DIGITS] // _MANY ** (place % _DIGITS) % _MANY
+        ]
+        return decision_of(asked, self._reasons)

@@ -86,10 +86,11 @@ def settle(
     found: CheckpointRef | None, folder: RunFolder, manager: CheckpointManager, say: Say, writes: bool = True
 ) -> None:
     """All ranks: sets aside what lies beyond the checkpoint that the run goes on from: rows of metrics, and newer
-    checkpoints where an older one was asked for by name; the rank that writes does so. Nothing is deleted. A foreign
-    checkpoint becomes the run's first."""
+    checkpoints where an older one was asked for by name; the rank that writes does so. Nothing is deleted but what
+    killed saves left half written. A foreign checkpoint becomes the run's first."""
     step = found.step if found else 0
     if writes:
+        manager.sweep()
         for number, path in manager.steps():
             if number > step and manager.is_whole_as_far_as_known(path):
                 say(f"set aside {path} as {manager.set_aside(path)}: the run goes on from step {step}")

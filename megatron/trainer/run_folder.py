@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import time
 from pathlib import Path
-from typing import Any
 
 from megatron.checkpoint.storage import io_errors
 from megatron.config.durable_files import sync_path
 from megatron.config.errors import ConfigError
+from megatron.launch.attempts import EXIT
 
 
 class RunFolder:
@@ -24,13 +22,14 @@ class RunFolder:
     evaluations/      results of [evaluation] by step, and what is still asked for; see evaluation/requests.py
     config.toml       the resolved config of the last start; each checkpoint has that of its own
     exit.json         how the last process ended
+    attempts.jsonl    every start and end; heartbeat.json, save-now, stop-now: see launch/attempts.py
     """
 
     def __init__(self, output: str | Path) -> None:
         self.path = Path(output)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
-        self.exit_record = self.path / "exit.json"
+        self.exit_record = self.path / EXIT
         self._lock: int | None = None
 
     def open(self) -> None:
@@ -82,8 +81,3 @@ class RunFolder:
             sync_path(aside)
             os.replace(aside, path)
             sync_path(self.path)
-
-    def record_exit(self, code: int, reason: str, progress: dict[str, Any]) -> None:
-        """Writes exit.json, which launchers read: a launcher of several processes may hide the exit code itself."""
-        record = {"code": code, "reason": reason, **progress, "time": time.time(), "pid": os.getpid()}
-        self.write(self.exit_record.name, json.dumps(record, indent=1) + "\n")

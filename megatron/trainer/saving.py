@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from megatron.trainer.state import TrainerState
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Saver:
-    """Saves the run as it stands; all ranks together. Called with (keep_forever, retire)."""
+    """Saves the run as it stands; all ranks together. Called with (keep_forever, retire).
+
+    published: called with the seconds of each save when its checkpoint is there; of one that runs beside training at
+    the next `poll`.
+    """
 
     manager: CheckpointManager
     state: TrainerState
@@ -30,12 +35,15 @@ class Saver:
     resolved: ResolvedRun
     files: Mapping[str, bytes | Path]
     asynchronous: bool = False
+    published: Callable[[float], None] = lambda seconds: None
+    _began: float | None = None
 
     def __call__(self, keep_forever: bool, retire: bool) -> None:
         """Makes the metrics durable, then the checkpoint: a published checkpoint never lacks rows up to its step."""
         for sink in self.sinks:
             sink.sync()
         engine = self.engine
+        began = time.monotonic()
         self.manager.save(
             self.state.step,
             engine.model_state(),
@@ -47,6 +55,20 @@ class Saver:
             retire,
             self.asynchronous,
         )
+        self._began = began
+        self.poll()
+
+    def poll(self) -> None:
+        """Raises what went wrong in a save beside training; never waits."""
+        self.manager.poll()
+        if self._began is not None and not self.manager.in_flight:
+            began, self._began = self._began, None
+            self.published(time.monotonic() - began)
+
+    def finish(self) -> None:
+        """All ranks: waits for a save beside training."""
+        self.manager.finish()
+        self.poll()
 
 
 def constants_of(

@@ -8,7 +8,8 @@ import pytest
 
 from megatron.config.errors import EXIT_DATA, EXIT_LOST_PROCESS
 from megatron.parallel.health import Failure, Health
-from megatron.parallel.health_board import Board, host_name
+from megatron.parallel.health_board import Board
+from megatron.parallel.mesh import host_name
 
 STORE: Any = None  # nobody asks it
 

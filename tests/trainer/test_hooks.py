@@ -30,6 +30,8 @@ class Batch:
     loaded: tuple[int, int] = (0, 0)
     samples_by_source: Mapping[str, int] = field(default_factory=dict)
     position: dict[str, Any] = field(default_factory=dict)
+    step: int = 1
+    passed_over: bool = False
 
 
 def step(number: int, loaded: tuple[int, int], order: list[int]) -> SimpleNamespace:

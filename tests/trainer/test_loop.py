@@ -13,9 +13,11 @@ import torch
 from megatron.config.errors import NonFiniteError
 from megatron.engines.base import DoneStep, LaunchedStep, StepResult
 from megatron.metrics.meters import StepClock
+from megatron.trainer.decisions import reasons_of
 from megatron.trainer.hooks import Checkpoint, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.loop import Run, train
 from megatron.trainer.over_ranks import OneRank
+from megatron.trainer.signals import HANDLED
 from megatron.trainer.state import Step, TrainerState
 
 STAGES = {"balanced": 3, "text": 2, "cooldown": 4}
@@ -39,6 +41,7 @@ class FakeBatch:
     tokens: int = BATCH * LENGTH
     digest: str = ""
     samples_by_source: dict[str, int] = field(default_factory=lambda: {"code": 1, "text": 3})
+    passed_over: bool = False
 
 
 def batches(done: int = 0) -> Iterator[FakeBatch]:
@@ -142,8 +145,8 @@ class Bench:
                 batches=batches(self.state.step),
                 timeline=FakeTimeline(),
                 begin_training_stage=self.begun.append,
-                stop_signal=lambda: "SIGTERM" if engine.calls and engine.calls[-1][0] >= self.stop_at > 0 else "",
-                over_ranks=OneRank(),
+                asked=lambda: ("SIGTERM",) if engine.calls and engine.calls[-1][0] >= self.stop_at > 0 else (),
+                over_ranks=OneRank(reasons_of(HANDLED)),
                 hooks=[*hooks, self.seen.append],
                 clock=StepClock(),
                 looks_at=looks_at,
@@ -191,8 +194,8 @@ def test_a_stop_before_the_first_step_trains_nothing() -> None:
         batches=batches(),
         timeline=FakeTimeline(),
         begin_training_stage=bench.begun.append,
-        stop_signal=lambda: "SIGINT",
-        over_ranks=OneRank(),
+        asked=lambda: ("SIGINT",),
+        over_ranks=OneRank(reasons_of(HANDLED)),
         hooks=[],
         clock=StepClock(),
     )

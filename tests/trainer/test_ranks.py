@@ -206,7 +206,7 @@ def test_a_second_signal_to_one_rank_ends_all_at_once(fresh: Path) -> None:
         wait_for_step(job, fresh.parent / "run", 2)
         time.sleep(1)
         job.send(1, signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(1)  # sooner, it is SLURM's echo
         job.send(1, signal.SIGTERM)
     finally:
         codes = job.wait(30)
