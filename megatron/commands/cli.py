@@ -14,8 +14,10 @@ COMMANDS = {
     "preprocess_data": "turn raw corpora into indexed token files (.bin, .idx, .json)",
     "merge_data": "publish the dataset whose shards preprocess_data made on several nodes",
     "plan": "print what a config would train on, stage by stage, without torch or data",
+    "study": "plan arms of training stages that share trunks, from one file",
     "inspect_data": "list the very samples that a run consumes: source, epoch, documents, text",
     "train": "train, or resume, the run of a config",
+    "launch_slurm": "write a batch script for SLURM that trains, resumes and requeues a run, and submit it",
     "ledger": "show what a checkpoint has been trained on, or compare two",
     "import_hf": "turn a Hugging Face folder into a checkpoint to train on from",
     "import_megatron": "turn a checkpoint of Megatron-LM or GPT-NeoX into one of ours",
@@ -25,6 +27,8 @@ COMMANDS = {
     "generate": "show what a model goes on to say: continuations of prompts",
     "compare": "compare evaluated models item by item: differences, intervals, p-values",
     "win_rate": "ask a judge which of two models answers better, in both orders",
+    "status": "show where runs are: progress, time left, checkpoints, restarts, goodput",
+    "requeue": "put a batch job back in SLURM's queue where that is of use, without bad nodes",
     "report": "write report.html, one self-contained file about a run",
 }
 

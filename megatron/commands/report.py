@@ -9,13 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.commands.status_words import time_words
 from megatron.config.errors import EXIT_DONE, CheckpointError, DataError, StagemixError
 from megatron.config.load import load_config
 from megatron.config.model_shape import ModelShape
 from megatron.config.quantities import format_count
 from megatron.config.schema import RunConfig
 from megatron.data.ledger import Ledger, ledger_rows
+from megatron.data.ledger_events import event_words, not_trained
 from megatron.evaluation.requests import EvaluationBox
+from megatron.launch.run_status import run_status
 from megatron.metrics.report import render_report
 from megatron.metrics.report_data import ReportData, layout_words, over_steps, read_metrics
 from megatron.planner.ledger_files import checkpoint_folders, read_ledger
@@ -93,7 +96,7 @@ def gather(run: Path, evaluations: list[Path]) -> ReportData:
         groups=groups,
         evaluations=[_evaluation(path) for path in evaluations],
         in_loop=_in_loop(run, notes),
-        facts=_facts(config, state, ledger, steps),
+        facts=_facts(config, state, ledger, steps) | _starts(run),
         config=config_file.read_text(encoding="utf-8") if config else "",
         parameters=ModelShape.from_json(state["model"]).parameter_count() if "model" in state else None,
         notes=notes,
@@ -160,6 +163,14 @@ def _evaluation(path: Path) -> dict[str, Any]:
     return record
 
 
+def _starts(run: Path) -> dict[str, str]:
+    """How often it was started, and where its wall time went; nothing where no start is on record."""
+    status = run_status(run)
+    if not status["attempts"]:
+        return {}
+    return {"starts": str(len(status["attempts"])), "wall time": time_words(status)}
+
+
 def _recorded(label: str, start: Mapping[str, str]) -> str:
     return start.get(label, "")
 
@@ -197,6 +208,11 @@ def _facts(
         facts["tokenizer"] = f"{tokenizer.get('name', '')} {str(tokenizer.get('fingerprint', ''))[:16]}".strip()
     if ledger is not None:
         facts["order hash"] = ledger.order_hash
+        if lost := not_trained(ledger.events):
+            by_source = ", ".join(f"{name} {count:,}" for name, count in lost.items())
+            facts["consumed and not trained on, because of spikes"] = f"{by_source} tokens"
+        if ledger.events:
+            facts["events"] = "; ".join(map(event_words, ledger.events))
     for key, label in (("version", "Stagemix"), ("run_id", "run id"), ("step", "newest checkpoint, step")):
         if state.get(key) is not None:
             facts[label] = str(state[key])
