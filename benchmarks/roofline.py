@@ -1,7 +1,9 @@
 """Bytes and operations of each operation of a training step, and the time that they take at least on one H200.
 
 Limits by arithmetic: nothing here is measured. Bytes count every tensor that must be read or written once; operations
-count multiplications and additions of matrix products. The tables of docs/performance.md are this script's output.
+count multiplications and additions of matrix products. What there is to do is counted in
+megatron/planner/operations.py, which `stagemix plan` uses, too. The tables of docs/performance.md are this script's
+output.
 
     python benchmarks/roofline.py [--preset llama-600m ...] [--seq-length 2048] [--tokens 16384]
 """
@@ -18,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.presets import PRESETS as ALL_PRESETS
-from megatron.config.schema import ModelSection
+from megatron.config.schema import ModelSection, OptimizerSection
+from megatron.planner.operations import ADDED_BYTES, Rows, head_operations, layer_operations, update_bytes
 
 PEAK, PRODUCTS, BANDWIDTH = 989e12, 794e12, 4.3e12
 """One H200, bfloat16: the data sheet's operations a second; what the best matrix products reach, and the bytes a second
@@ -49,38 +52,18 @@ class Operation:
 
 def operations(shape: ModelShape, tokens: int, length: int) -> Iterator[Operation]:
     """Of a step of MICROBATCHES microbatches of so many tokens in rows of `length`; all in bfloat16 but masters."""
-    layers = MICROBATCHES * shape.num_hidden_layers
-    h, f, v = shape.hidden_size, shape.intermediate_size, shape.padded_vocab_size
-    query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    for name, inputs, outputs in (
-        ("query, key, value", h, query + 2 * key),
-        ("attention output", query, h),
-        ("gate, up", h, 2 * f),
-        ("down", f, h),
-    ):
-        moved = 2 * (tokens * (inputs + outputs) + inputs * outputs)
-        yield Operation(f"{name}: product", layers, 2.0 * tokens * inputs * outputs, moved)
-        yield Operation(f"{name}: both gradients", layers, 4.0 * tokens * inputs * outputs, 2 * moved)
-    pairs = 2.0 * tokens * length * query  # half of the square: 2 products x 2 operations / 2
-    heads = 2 * tokens * (2 * query + 2 * key)
-    yield Operation("attention, forward", layers, pairs, heads, ATTENTION)
-    yield Operation("attention, backward", layers, 2.5 * pairs, 2 * heads, ATTENTION)
-    per_layer = {
-        "norm + add and norm, forward": 4 * h + 8 * h,
-        "norm + add and norm, backward": 8 * h + 8 * h,
-        "residual addition": 6 * h,
-        "rotary positions, forward and backward": 8 * (query + key),
-        "gated activation, forward": 6 * f,
-        "gated activation, backward": 10 * f,
-    }
-    for name, each in per_layer.items():
-        yield Operation(name, layers, 0.0, tokens * each)
-    yield Operation("head: product and both gradients", MICROBATCHES, 6.0 * tokens * h * v, 6 * tokens * (h + v))
-    yield Operation("cross-entropy: read, read and write", MICROBATCHES, 0.0, 6.0 * tokens * v)
+    rows, layers = Rows(tokens, tokens, length), MICROBATCHES * shape.num_hidden_layers
+    for one in layer_operations(shape, rows):
+        yield Operation(
+            one.name, layers, one.flops, one.bytes_moved, ATTENTION if one.kind == "attention" else PRODUCTS
+        )
+    for one in head_operations(shape, rows):
+        yield Operation(one.name, MICROBATCHES, one.flops, one.bytes_moved)
     count = shape.parameter_count()
-    yield Operation("gradients added in float32", MICROBATCHES, 0.0, 10.0 * count)
+    yield Operation("gradients added in float32", MICROBATCHES, 0.0, ADDED_BYTES * count)
     yield Operation("gradient norm", 1, 0.0, 4.0 * count)
-    yield Operation("AdamW, float32 state, bfloat16 copy", 1, 0.0, 30.0 * count)
+    update = update_bytes(OptimizerSection(), copy=2)
+    yield Operation("AdamW, float32 state, bfloat16 copy", 1, 0.0, update * count)
 
 
 def table(shape: ModelShape, tokens: int, length: int) -> list[str]:
