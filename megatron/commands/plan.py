@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.commands.frame import config_arguments, load_from
+from megatron.commands.plan_hardware_arguments import add_hardware_arguments, asked_of, processes_of
 from megatron.commands.plan_tables import show_plan
 from megatron.commands.tables import console_for_tables
 from megatron.config.errors import ConfigError
 from megatron.config.kernel_checks import kernel_refusals
-from megatron.config.layout import resolve_layout
+from megatron.config.layout import Layout, resolve_layout
 from megatron.config.load import json_schema
 from megatron.config.model_shape import VOCABULARY_MULTIPLE, resolve_model
 from megatron.config.quantities import format_count
@@ -32,6 +33,9 @@ example:
   stagemix plan CONFIG --png plan.png        # for slides; needs: pip install 'stagemix[plot]'
   stagemix plan CONFIG --ledger runs/mine    # would this edited config resume that run?
   stagemix plan CONFIG --processes 64        # how [parallel] lies over so many: layers, bytes, bubble
+  stagemix plan CONFIG --nodes 8 --hardware h100            # does it fit, how long does it take, what does it need
+  stagemix plan CONFIG --nodes 8 --hardware h100 --search   # and which layouts are the fastest
+  stagemix plan CONFIG --nodes 8 --hardware h100 --efficiency runs/mine   # with what a run really reached
 
 The drawing shows the share of each source over tokens: one column is a slice of one training stage, a rule stands
 where a stage ends, and the learning rate is beneath. Colours by group; without colour (NO_COLOR, a pipe) letters.
@@ -44,6 +48,25 @@ after any sample), "sources" (each with "tokens_by_stage", "epochs_after" each s
 "dry_at", "never_seen", "left_to_cap" and "unused" tokens), "groups", "layout" (with "axes", "refusals", "notes",
 "batches" with "microbatches" and "bubble", "stages" of the pipeline, "ranks" with their "bytes"; null without a model),
 and "warnings" (each with "gravity", "kind" and "text", and "exit_code" where train would refuse).
+
+--hardware adds "hardware", in bytes and seconds: "accelerator", "efficiency", "processes", "nodes", "partial_node"
+(processes on a node that is not full), "precision", "memory_margin", "capacity_bytes" (of an accelerator, less the
+margin), "refusals"; "layout" (null where train refuses it), with "words", "set" (KEY=VALUE for --set), "leave_out"
+(keys to take out of the file), "changes", "fits", "needed_bytes", "missing_bytes", "micro_batch_size",
+"microbatches", "bubble", "memory" ("ranks" of the pipeline, each with "parameters", "gradients", "optimizer",
+"gathered", "accumulated", "receive", "activations", "logits", "workspace", "framework", "total" and the "moment" when
+it is fullest; "fullest", the number of one), "step" ("total", what it is spent on, "exposed" communication by axis,
+"hidden", "tokens_per_second", "tokens_per_second_per_process", "mfu_causal" and "mfu_full"), "communication" by axis,
+"notes", and "run" ("hours", "gpu_hours", "stages", "batches"); "nearest", the same of the layout that fits with the
+fewest changes, null where the config's fits; "search", null unless asked for or nothing is near, with "looked_at",
+"refused", "too_large", "timed", "best" (each with its "set" words), "misses", "fewest_processes" and
+"fewest_is_exact" where nothing fits, and "fastest", as "layout"; and "disk" ("checkpoint_bytes", "output_bytes",
+"export_bytes", "data_bytes", "index_bytes", "metrics_bytes", "checkpoints_at_most", "checkpoints_at_the_end",
+"sources", "bandwidth", "save_seconds").
+docs/planner.md says how it is computed, and how far it is from published and measured figures.
+
+exit codes: 0 also for a layout that does not fit or that train would refuse: the plan says so; 2 unknown hardware or a
+config that is none; 3 a run for --efficiency that has too few steps.
 """
 
 
@@ -69,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="plan on from this run or checkpoint, and check its past is unchanged",
     )
+    add_hardware_arguments(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,21 +114,44 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--width {args.width}: the drawing needs at least 40 columns")
     if args.processes is not None and args.processes < 1:
         parser.error(f"--processes {args.processes}: at least one is needed")
+    processes = processes_of(parser, args)
     config = load_from(args)
+    asked = asked_of(parser, args, processes or default_processes(config.parallel))
     ledger = read_ledger(args.ledger) if args.ledger else None
-    layout = resolve_layout(config.parallel, args.processes) if args.processes else None
+    layout, misfit = _layout(config, processes, asked is not None)
     run = resolve_run(config, ledger=ledger, allow_lr_change=args.allow_lr_change, layout=layout)
     plan = plan_of(run, config.stages, config.train.tokens)
-    plan["layout"], refused = _plan_layout(config, run, args.processes)
+    plan["layout"], refused = (None, misfit) if misfit else _plan_layout(config, run, processes)
+    if asked is not None:
+        from megatron.commands.plan_hardware import hardware_part
+
+        plan["hardware"] = hardware_part(config, run, plan, _vocabulary(config.tokenizer.path), asked)
     plan["warnings"] = [*refused, *warnings_of(plan, config.tokenizer.path, _has_sentinels(config, plan))]
     written = _draw(args, config.run.name, run, plan)
     if args.json:
         print(json.dumps(plan, indent=2))
         return 0
-    show_plan(config.run.name, run, plan, console_for_tables(args.width), args.width, args.detail)
+    console = console_for_tables(args.width)
+    show_plan(config.run.name, run, plan, console, args.width, args.detail)
+    if asked is not None:
+        from megatron.commands.plan_hardware_tables import show_hardware
+
+        show_hardware(plan["hardware"], console)
     for path in written:
         print(f"{path}: {format_count(path.stat().st_size)}B")
     return 0
+
+
+def _layout(config: RunConfig, processes: int | None, search: bool) -> tuple[Layout | None, list[dict[str, Any]]]:
+    """The layout where the processes are known; and, where another one will be looked for, why there is none."""
+    if processes is None:
+        return None, []
+    try:
+        return resolve_layout(config.parallel, processes), []
+    except ConfigError as error:
+        if not search:
+            raise
+        return None, [_refused("layout", error)]
 
 
 def _plan_layout(
@@ -114,7 +161,9 @@ def _plan_layout(
     plan of the mixture needs none."""
     section, train = config.parallel, config.train
     count = processes or default_processes(section)
-    vocabulary = config.model.vocab_size or _vocabulary(config.tokenizer.path, count)
+    # One process has no layout to show, and the tokenizer is not loaded for it.
+    read = count > 1 or config.tokenizer.path == "bytes"
+    vocabulary = config.model.vocab_size or (_vocabulary(config.tokenizer.path) if read else None)
     try:
         # One that every tensor size divides stands for a vocabulary that is not known yet.
         known = vocabulary or lcm(VOCABULARY_MULTIPLE, section.tensor)
@@ -132,9 +181,9 @@ def _refused(what: str, error: ConfigError) -> dict[str, Any]:
     return {"gravity": "high", "kind": "train-refuses", "exit_code": error.exit_code, "text": text}
 
 
-def _vocabulary(path: str, processes: int) -> int | None:
+def _vocabulary(path: str) -> int | None:
     """A tokenizer's ids; it is loaded only where there is a layout to plan. None where it is not there yet."""
-    if path != "bytes" and (processes == 1 or not Path(path).exists()):
+    if path != "bytes" and not Path(path).exists():
         return None
     from megatron.tokenizers.load import load_tokenizer
 

@@ -53,7 +53,7 @@ def plan_layout(
     found = refusals(section, layout, shape, train, optimizer, batches, train.precision, known)
     plan: dict[str, Any] = {
         "processes": layout.world_size,
-        "words": _words(section, layout),
+        "words": words_of(section, layout),
         "axes": {
             "pipeline": layout.pipeline,
             "replicate": layout.replicate,
@@ -74,8 +74,8 @@ def plan_layout(
     return plan
 
 
-def _words(section: ParallelSection, layout: Layout) -> str:
-    """For example "pipeline 4 (interleaved, 2 stages a rank) x data 32 (full shard) x tensor 8 with sequence"."""
+def words_of(section: ParallelSection, layout: Layout) -> str:
+    """Such as "pipeline 4 (interleaved, 2 stages a rank) x data 32 (full shard) x tensor 8 with sequence"."""
     each = stage_count(section) // section.pipeline
     schedule = section.schedule + (f", {each} stages a rank" if each > 1 else "")
     shard = {"none": "replicated", "optimizer": "optimizer sharded", "gradients": "gradients sharded"}

@@ -17,6 +17,7 @@ from megatron.metrics.report_svg import NARROW, WIDE, Axis, Drawing, Size
 from megatron.planner.mixture_slices import Corner, Ink, corners_of, inks
 from megatron.planner.plan import shapes_words
 from megatron.planner.plan_curves import Point, epoch_curve, rate_curves
+from megatron.planner.plan_page_hardware import hardware_html
 from megatron.planner.repetition import MARKS
 from megatron.planner.resolve import ResolvedRun
 
@@ -61,6 +62,7 @@ def page_of(name: str, run: ResolvedRun, plan: Mapping[str, Any]) -> str:
         ("Repetition", _repetition(run, plan, ink)),
         ("Tokens by source and training stage", _tokens(plan)),
         ("Training stages", _stages(plan)),
+        *((("Hardware", hardware_html(plan["hardware"])),) if "hardware" in plan else ()),
         ("Warnings", _warnings(plan, ("high", "medium", "low")) or '<p class="note">None.</p>'),
     )
     body = "".join(f"<section><h2>{escape(heading)}</h2>{html}</section>" for heading, html in sections)
