@@ -109,14 +109,15 @@ def stage_tensors(shape: ModelShape, tensor: int, layers: range, first: bool, la
     if first and shape.position_embedding == "learned":
         yield HeldTensor("positions.weight", shape.max_position_embeddings, hidden, matrix=False)
     for number in layers:
-        yield from _layer_tensors(shape, tensor, f"layers.{number}")
+        yield from layer_tensors(shape, tensor, f"layers.{number}")
     if last:
         yield from _norm(shape, "final_norm")
         if not tied:
             yield HeldTensor("head.weight", words, hidden, matrix=False)
 
 
-def _layer_tensors(shape: ModelShape, tensor: int, name: str) -> Iterator[HeldTensor]:
+def layer_tensors(shape: ModelShape, tensor: int, name: str) -> Iterator[HeldTensor]:
+    """Every parameter of one layer on one tensor rank; name: "layers." and its number."""
     hidden, inner = shape.hidden_size, shape.intermediate_size // tensor
     query = shape.num_attention_heads * shape.head_dim // tensor
     groups = shape.num_key_value_heads
@@ -184,11 +185,12 @@ def rank_bytes(
     shards = layout.shard * layout.context if layout.shard > 1 else 1
     wide = 8 if precision == "fp64" else 4
     held = sum(item.elements(shards, shard) for item in tensors)
-    state = sum(_state_bytes(item, item.elements(shards, shard), optimizer, wide) for item in tensors)
+    state = sum(state_bytes_of(item, item.elements(shards, shard), optimizer, wide) for item in tensors)
     return RankBytes(wide * held, wide * held, state)
 
 
-def _state_bytes(item: HeldTensor, elements: int, optimizer: OptimizerSection, wide: int) -> int:
+def state_bytes_of(item: HeldTensor, elements: int, optimizer: OptimizerSection, wide: int) -> int:
+    """Bytes of the optimizer's state beside so many elements of a parameter whose masters have `wide` bytes each."""
     if optimizer.name == "sgd":
         return wide * elements if optimizer.momentum else 0
     if optimizer.name == "muon" and item.matrix:
