@@ -211,21 +211,22 @@ def _show_layout(layout: dict[str, Any] | None, console: Console) -> None:
         return
     console.print(f"Layout over {layout['processes']} processes: {layout['words']}", style="bold", soft_wrap=True)
     if "ranks" in layout:
-        table = new_table(
-            "", "pipeline rank", "layers", "parameters", "weights", "gradients", "optimizer", "held", "in a step"
-        )
-        for row in layout["ranks"]:
+        parts = [row.get("bytes", {}) for row in layout["ranks"]]
+        unit, divisor = ("GB", 1e9) if max((part.get("total", 0) for part in parts), default=0) >= 1e8 else ("MB", 1e6)
+        title = f"{unit} of each pipeline rank"
+        table = new_table(title, "rank", "layers", "weights", "master", "gradients", "optimizer", "held", "in a step")
+        for row, part in zip(layout["ranks"], parts, strict=True):
             held = [stage for stage in layout["stages"] if stage["stage"] in row["stages"]]
-            parts = row.get("bytes", {})
+            sizes = [part.get(key) for key in ("parameters", "gradients", "optimizer", "total", "step_total")]
             table.add_row(
                 str(row["pipeline_rank"]),
                 ", ".join(f"{first}-{end - 1}" for first, end in (stage["layers"] for stage in held)),
                 format_count(sum(stage["parameters"] for stage in held)),
-                *(_bytes(parts.get(key)) for key in ("parameters", "gradients", "optimizer", "total", "step_total")),
+                *("" if size is None else f"{size / divisor:,.2f}" for size in sizes),
             )
         console.print(table)
         console.print(
-            "  bytes of one rank; in a step: with gathered weights and gradients not yet reduced, without activations"
+            "  weights: how many; in a step: with gathered weights and gradients not yet reduced; activations apart"
         )
     for row in layout["batches"]:
         shape = f"batch {row['global_batch_size']} x {row['seq_length']}"
@@ -235,10 +236,8 @@ def _show_layout(layout: dict[str, Any] | None, console: Console) -> None:
     console.print()
 
 
-def _bytes(number: int | None) -> str:
-    if number is None:
-        return ""
-    return f"{number / 2**30:,.2f} GiB" if number >= 2**30 / 10 else f"{number / 2**20:,.2f} MiB"
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"
 
 
 def _show_warnings(plan: dict[str, Any], console: Console) -> None:

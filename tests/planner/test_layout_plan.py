@@ -202,7 +202,7 @@ def test_plan_shows_the_layout_of_so_many_processes(tmp_path: Path, capsys: pyte
     out = shown(capsys, file, "--processes", "4", "--width", "100")
     assert "Layout over 4 processes: pipeline 2 (1f1b) x data 2 (fully sharded)" in out
     assert "2 microbatches a step on each data rank, bubble 33.3% of the step" in out
-    assert "0-5" in out and "MiB" in out and "train will refuse" not in out
+    assert "0-5" in out and "MB of each pipeline rank" in out and "train will refuse" not in out
     record = json.loads(shown(capsys, file, "--json"))
     assert record["layout"]["processes"] == 2 and record["layout"]["axes"]["shard"] == 1
     assert any("cuts nothing" in row["text"] for row in record["warnings"])
