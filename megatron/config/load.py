@@ -187,7 +187,8 @@ def _describe(error: Any, places: Places, tables: dict[str, Any], root: type[Bas
         return f"{place}: {field} is missing{_meaning(location, root)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(error.get("input"), dict | list) else f" = {_shown(error.get('input'))}"
-    return f"{place}: {field}{given}: {message}{_meaning(location, root)}"
+    key = f"{field}{given}: " if field or given else ""
+    return f"{place}: {key}{message}{_meaning(location, root)}"
 
 
 def _shown(value: Any) -> str:
@@ -195,8 +196,10 @@ def _shown(value: Any) -> str:
 
 
 def _is_union_branch(step: str | int) -> bool:
-    # pydantic adds the branch of a union to the location ("literal['current']", "constrained-float", "int")
-    return isinstance(step, str) and bool(re.match(r"(literal\[|constrained-|function-|int$|str$|float$)", step))
+    # pydantic adds the branch of a union to the location ("literal['current']", "constrained-float", "int"), or "[key]"
+    return isinstance(step, str) and bool(
+        re.match(r"(literal\[|constrained-|function-|int$|str$|float$|\[key\]$)", step)
+    )
 
 
 def _model_at(location: Location, root: type[BaseModel]) -> Any:
@@ -227,7 +230,8 @@ def _bare(kind: Any) -> Any:
 def known_keys(location: Location, root: type[BaseModel] = RunConfig) -> list[str]:
     """The keys that the schema has in the table at a location; none below a free-form table."""
     model = _model_at(location, root)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    is_table = isinstance(model, type) and issubclass(model, BaseModel)
+    return [field.alias or name for name, field in model.model_fields.items()] if is_table else []
 
 
 def _meaning(location: Location, root: type[BaseModel]) -> str:

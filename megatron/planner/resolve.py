@@ -78,6 +78,7 @@ def resolve_run(
     fim_sentinels: FimSentinels | None = None,
     allow_lr_change: bool = False,
     layout: Layout | None = None,
+    opened: Mapping[str, OpenSource] | None = None,
 ) -> ResolvedRun:
     """Opens the sources and resolves schedule and learning rate.
 
@@ -87,12 +88,13 @@ def resolve_run(
         fim_sentinels: the tokenizer's, where it has them; needed where a tokenizer is given and a stage has a rate.
         allow_lr_change: permits another learning rate in a begun stage; it is recorded as an event.
         layout: over the run's processes, where their number is known; it only decides what errors recommend.
+        opened: what `open_run_sources` gave for a config with the same sources, so that they are not opened again.
 
     Raises ConfigError, DataError, and ChangedPastError where the config contradicts the ledger.
     """
     if ledger is not None:
         check_words(ledger, config.stages, config.sources)
-    sources = _opened(config, tokenizer)
+    sources = opened if opened is not None else open_run_sources(config, tokenizer)
     identities = {name: source.identity() for name, source in sources.items()}
     taken = _taken_cursors(config, identities, begun=len(ledger.stages) if ledger is not None else 0)
     schedule = resolve_schedule(
@@ -127,7 +129,8 @@ def resolve_run(
     return ResolvedRun(sources, schedule, lr, ledger, taken, fim_sentinels, tuple(events))
 
 
-def _opened(config: RunConfig, tokenizer: TokenizerIdentity | None) -> dict[str, OpenSource]:
+def open_run_sources(config: RunConfig, tokenizer: TokenizerIdentity | None) -> dict[str, OpenSource]:
+    """Every source of a config, opened. Raises DataError."""
     return open_sources(
         config.sources,
         seed=config.run.seed,

@@ -1,0 +1,1 @@
+"""Studies: arms that share trunks, planned as one graph of training stages."""

@@ -1,0 +1,237 @@
+"""What arms share, what they fail to share and why, and which of them differ in nothing but order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.study.graph import Graph
+from megatron.study.identity import Document
+from megatron.study.mixture_in_words import mixture_in_words
+from megatron.study.overrides import Override
+from megatron.study.steps import ResolvedArm, Step, TrainStep, trained
+from megatron.study.what_counts import ruling_of
+
+_ORDER = (
+    "run", "tokenizer", "model", "validation", "optimizer", "train", "kernels", "spikes", "weights_from", "stage",
+    "take", "lr", "sources",
+)  # fmt: skip
+"""Of differences that are told: what a user writes first, what follows from it after."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A stage that arms say in the same words and that is not one node.
+
+    arms, others: those of the first node, and of this one · key: the first thing in which they differ, with both
+    values · more: further keys · by: which `set` or axis says it · asked: it names the stage itself · tokens: of the
+    other node, which is trained besides.
+    """
+
+    stage: str
+    arms: tuple[str, ...]
+    others: tuple[str, ...]
+    key: str
+    values: tuple[str, str]
+    more: tuple[str, ...]
+    by: tuple[str, ...]
+    asked: bool
+    tokens: int
+
+    def words(self) -> str:
+        """For people."""
+        by = f" (by {', '.join(self.by)})" if self.by else ""
+        more = f", and {len(self.more)} more: {', '.join(self.more[:4])}" if self.more else ""
+        return (
+            f"{_names(self.others)} {_do(self.others)} not share stage {self.stage!r} with {_names(self.arms)}: "
+            f"{self.key} is {self.values[0]} there and {self.values[1]} here{by}{more}"
+        )
+
+
+def lost_sharing(arms: Mapping[str, ResolvedArm], graph: Graph) -> list[Lost]:
+    """Stages with the same words after the same node, that came out as several nodes; only where arms part first."""
+    found: dict[tuple[str, str | None], dict[str, list[tuple[str, TrainStep]]]] = {}
+    seed = graph.arms[0].seed
+    for placed in (arm for arm in graph.arms if arm.seed == seed):
+        above: str | None = None
+        for step, node in zip(arms[placed.name].steps, placed.path, strict=True):
+            if isinstance(step, TrainStep) and step.library:
+                found.setdefault((step.library, above), {}).setdefault(node, []).append((placed.name, step))
+            above = node
+    lost = []
+    for (library, _), nodes in found.items():
+        seen = list(nodes)[:1]
+        for other in list(nodes)[1:]:
+            tokens = graph.nodes[other].tokens
+            pairs = [
+                _compared(
+                    library,
+                    nodes[node],
+                    nodes[other],
+                    differences(graph.nodes[node].document, graph.nodes[other].document),
+                    tokens,
+                )
+                for node in seen
+            ]
+            # the nearest; of several the one whose difference nobody asked for
+            lost.append(min(pairs, key=lambda pair: (len(pair.more), pair.asked)))
+            seen.append(other)
+    return lost
+
+
+def _compared(
+    library: str,
+    mine: Sequence[tuple[str, TrainStep]],
+    theirs: Sequence[tuple[str, TrainStep]],
+    changes: Sequence[tuple[str, tuple[str, str]]],
+    tokens: int,
+) -> Lost:
+    """Two nodes by the first arm of each: what their overrides have not in common is what made them two."""
+    (key, values), more = changes[0], tuple(key for key, _ in changes[1:])
+    here, there = ({(one.key, repr(one.value)): one for one in step.overrides} for step in (mine[0][1], theirs[0][1]))
+    keys = {key for key, _ in changes}
+    made = [one for word, one in (here | there).items() if (word in here) != (word in there) and _matters(one, keys)]
+    about = [one for one in made if one.key == key] or [one for one in made if one.stage in (None, mine[0][1].label)]
+    by = tuple(dict.fromkeys(f"{one.by}: {one.key}" for one in about))
+    asked = bool(made) and all(one.stage is not None for one in made)
+    names, others = tuple(name for name, _ in mine), tuple(name for name, _ in theirs)
+    return Lost(library, names, others, key, values, more, by, asked, tokens)
+
+
+def _matters(override: Override, changed: set[str]) -> bool:
+    """Whether an override can have made two nodes of one, whose documents differ in these keys."""
+    table, _, rest = override.key.partition(".")
+    key = f"sources.*.{rest.partition('.')[2]}" if table == "sources" else override.key
+    row = ruling_of(key)
+    if row is None or row.ruling == "resolved":
+        return True
+    return row.ruling == "counts" and (table == "sources" or override.key in changed)
+
+
+def differences(one: Document, other: Document) -> list[tuple[str, tuple[str, str]]]:
+    """Keys in which two documents differ, with both values in words; what a user writes first."""
+    here, there = dict(_leaves(one)), dict(_leaves(other))
+    sources = {f"sources.{name}" for name in {*one.get("sources", {})} ^ {*other.get("sources", {})}}
+    keys = [
+        key
+        for key in dict.fromkeys([*here, *there])
+        # a source that only one of them has is told by the mixture
+        if here.get(key) != there.get(key) and key.rpartition(".")[0] not in sources
+    ]
+    keys.sort(key=lambda key: _ORDER.index(top) if (top := key.split(".")[0]) in _ORDER else len(_ORDER))
+    return [(key, (_shown(key, here.get(key)), _shown(key, there.get(key)))) for key in keys]
+
+
+def _leaves(document: Document, place: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in document.items():
+        if isinstance(value, dict) and key != "mixture":
+            leaves += _leaves(value, f"{place}{key}.")
+        else:
+            leaves.append((f"{place}{key}", value))
+    return leaves
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "absent"
+    if key == "stage.mixture":
+        return "{" + mixture_in_words(value) + "}"
+    words = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return words if len(words) <= 80 else words[:79] + "…"
+
+
+# -- arms that are the same, and arms with the same aggregate ----------------------------------------------------------
+
+
+def same_arms(graph: Graph) -> list[tuple[str, ...]]:
+    """Arms that end with the same node, in groups."""
+    groups: dict[str, list[str]] = {}
+    seed = graph.arms[0].seed
+    for arm in graph.arms:
+        if arm.seed == seed:
+            groups.setdefault(arm.path[-1], []).append(arm.name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+@dataclass(frozen=True)
+class SameAggregate:
+    """Arms whose samples and tokens of each source are equal over the whole arm, in different orders."""
+
+    arms: tuple[str, ...]
+    samples: Mapping[str, int]
+    tokens: Mapping[str, int]
+
+
+def totals(step: Step) -> tuple[dict[str, int], dict[str, int]]:
+    """(samples, tokens) of each source over the training stages behind a step."""
+    samples: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for one in trained(step):
+        for name, count in one.stage.counts.items():
+            samples[name] = samples.get(name, 0) + count
+            tokens[name] = tokens.get(name, 0) + one.stage.source_tokens[name]
+    return samples, tokens
+
+
+def same_aggregates(arms: Mapping[str, ResolvedArm]) -> list[SameAggregate]:
+    """Groups of arms that are tests of order and of nothing else in their data."""
+    groups: dict[str, list[ResolvedArm]] = {}
+    for arm in arms.values():
+        if not isinstance(arm.end, TrainStep):
+            continue
+        samples, tokens = totals(arm.end)
+        groups.setdefault(repr((sorted(samples.items()), sorted(tokens.items()))), []).append(arm)
+    found = []
+    for members in groups.values():
+        orders = {_order(arm.end) for arm in members}
+        if len(orders) > 1:
+            samples, tokens = totals(members[0].end)
+            found.append(SameAggregate(tuple(arm.name for arm in members), samples, tokens))
+    return found
+
+
+def _order(step: Step) -> str:
+    """What decides the order of samples, whatever it is cut into."""
+    return repr(
+        [
+            (one.stage.weights.to_json(), one.stage.samples, one.stage.shapes.to_json(), one.stage.cursor)
+            for one in trained(step)
+        ]
+    )
+
+
+def unequal_controls(arms: Mapping[str, ResolvedArm]) -> list[str]:
+    """Stages that are the reverse or the aggregate of another that an arm trains, and whose totals differ from it."""
+    steps = {step.label: step for arm in arms.values() for step in arm.steps if isinstance(step, TrainStep)}
+    words = []
+    for label, step in steps.items():
+        section = step.section
+        single = section.aggregate_of if section.aggregate_of and len(section.aggregate_of) == 1 else [None]
+        of = section.reverse or single[0]
+        twin = steps.get(of or "")
+        if twin is None or twin.stage.samples != step.stage.samples:
+            continue
+        mine, theirs = step.stage.counts, twin.stage.counts
+        off = {n: mine.get(n, 0) - theirs.get(n, 0) for n in {*mine, *theirs} if mine.get(n, 0) != theirs.get(n, 0)}
+        if off:
+            each = ", ".join(f"{name} {count:+,}" for name, count in sorted(off.items()))
+            words.append(
+                f"stage {label!r} is a control of the order of {of!r}, and its samples differ: {each}: choose lengths "
+                "that the phases divide into whole samples"
+            )
+    return words
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return (
+        f"arm {shown}"
+        if len(names) == 1
+        else f"arms {shown}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    )
+
+
+def _do(names: Sequence[str]) -> str:
+    return "does" if len(names) == 1 else "do"

@@ -1,0 +1,215 @@
+"""What a plan says of arms: sharing that is lost and why, arms that are one, controls of order, averages, axes."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study.made_studies import BASE, LR, planned, stage, tables
+
+from megatron.study.plan import study_plan
+from megatron.study.sharing import totals
+
+STAGES = {"init": stage(), "on": stage(mixture={"code": 1}), "cool": stage(mixture={"rust": 1})}
+
+
+def plan(folder: Path, words: dict[str, Any], *only: str) -> dict[str, Any]:
+    return study_plan(planned(folder, words, *only))
+
+
+def warnings(found: dict[str, Any], kind: str) -> list[str]:
+    return [row["text"] for row in found["warnings"] if row["kind"] == kind]
+
+
+LOST = {
+    "optimizer.weight_decay": (Decimal("0.2"), ("optimizer.weight_decay is 0.1 there and 0.2 here",)),
+    "model.rope_theta": (5000, ("model.rope_theta is 10000.0 there and 5000.0 here",)),
+    "sources.web.tokens": (90_000, ("sources.web.fingerprint is planned:100000 there and planned:90000 here",)),
+    "train.precision": ("bf16", ("train.precision is fp32 there and bf16 here",)),
+    "train.global_batch_size": (8, ("stage.samples is 16 there and 32 here",)),
+}
+
+
+@pytest.mark.parametrize("key", LOST)
+def test_an_override_that_changes_a_trunk_says_what_is_lost_and_why(tmp_path: Path, key: str) -> None:
+    value, said = LOST[key]
+    arms = {"a": {"stages": ["init", "on"]}, "b": {"stages": ["init", "cool"], "set": {key: value}}}
+    found = plan(tmp_path, tables(arms, STAGES))
+    (text,) = warnings(found, "lost-sharing")
+    for part in ("arm b does not share stage 'init' with arm a", f"arms.b.set: {key}", *said):
+        assert part in text
+    assert found["trained"] == found["naive"]
+
+
+def test_an_axis_over_the_whole_run_is_told_and_one_over_its_own_stage_is_not(tmp_path: Path) -> None:
+    axes = {"decay": {"set": ["optimizer.weight_decay"], "values": [Decimal("0.1"), Decimal("0.3")]}}
+    arms = {"a": {"stages": ["init", "on"], "axes": ["decay"]}}
+    (text,) = warnings(
+        plan(tmp_path, tables(arms, STAGES, study={"name": "s", "output": "o"}, axes=axes)), "lost-sharing"
+    )
+    assert "arm a-0.3" in text and "axis decay" in text
+    axes = {"length": {"set": ["stages.on.steps"], "values": [1, 2]}}
+    arms = {"a": {"stages": ["init", "on"], "axes": ["length"]}}
+    found = plan(tmp_path, tables(arms, STAGES, study={"name": "s", "output": "o"}, axes=axes))
+    assert not warnings(found, "lost-sharing") and len(found["lost"]) == 1 and found["lost"][0]["asked"]
+    assert len(found["nodes"]) == 3
+
+
+def test_of_two_axes_the_one_that_changes_the_whole_run_is_told(tmp_path: Path) -> None:
+    axes = {
+        "mix": {"set": ["stages.init.mixture"], "values": [{"web": 1}, {"rust": 1}], "labels": ["w", "r"]},
+        "decay": {"set": ["optimizer.weight_decay"], "values": [Decimal("0.1"), Decimal("0.3")]},
+    }
+    arms = {"plain": {"stages": ["init"]}, "a": {"stages": ["init"], "axes": ["mix", "decay"]}}
+    found = plan(tmp_path, tables(arms, STAGES, study={"name": "s", "output": "o"}, axes=axes))
+    texts = warnings(found, "lost-sharing")
+    assert len(texts) == 2 and all("weight_decay is 0.1 there and 0.3 here" in text for text in texts)
+    assert [row["asked"] for row in found["lost"]] == [False, True, False]
+    assert "arm a-r-0.3 does not share stage 'init' with arm a-r-0.1" in texts[1]
+
+
+def test_a_branch_keeps_the_trunk_whatever_it_sets(tmp_path: Path) -> None:
+    arms = {"a": {"stages": ["init"]}, "b": {"from": "a/init", "stages": ["on"], "set": {"optimizer.weight_decay": 1}}}
+    found = plan(tmp_path, tables(arms, STAGES))
+    assert len(found["nodes"]) == 2 and not found["lost"]
+
+
+def test_lengths_as_a_share_of_the_run_stay_those_of_the_trunk(tmp_path: Path) -> None:
+    base = {**BASE, "train": BASE["train"] | {"tokens": 640}}
+    stages = {"init": {"share": Decimal("0.5"), "mixture": {"web": 1}, "lr": LR}, "on": stage()}
+    arms = {"a": {"stages": ["init"]}, "b": {"from": "a", "stages": ["on"], "set": {"train.tokens": 6400}}}
+    found = plan(tmp_path, tables(arms, stages, base=base))
+    assert len(found["nodes"]) == 2 and found["nodes"][0]["tokens"] == 320
+
+
+def test_arms_that_are_the_same_are_said(tmp_path: Path) -> None:
+    arms = {"a": {"stages": ["init", "on"]}, "b": {"from": "a/init", "stages": ["on"], "set": {"log.every": 3}}}
+    found = plan(tmp_path, tables(arms, STAGES))
+    assert found["same_arms"] == [["a", "b"]]
+    assert "a, b are the same arm" in warnings(found, "same-arms")[0]
+
+
+# -- controls of order -------------------------------------------------------------------------------------------------
+
+PHASES = {
+    "increase": {
+        "steps": 20,
+        "phases": [
+            {"mixture": {"web": Decimal(share), "rust": 1 - Decimal(share)}} for share in ("0.8", "0.6", "0.4", "0.2")
+        ],
+        "lr": LR,
+    },
+    "decrease": {"steps": 20, "reverse": "increase", "lr": LR},
+    "uniform": {"aggregate_of": ["increase"], "lr": LR},
+    "other": stage(steps=20, mixture={"web": 1}),
+}
+
+
+def test_orders_of_one_aggregate_are_named(tmp_path: Path) -> None:
+    arms = {name: {"stages": [name]} for name in PHASES}
+    result = planned(tmp_path, tables(arms, PHASES))
+    (row,) = study_plan(result)["same_aggregate"]
+    assert row["arms"] == ("increase", "decrease", "uniform")
+    for name in row["arms"]:
+        samples, tokens = totals(result.arms[name].end)
+        assert samples == {"web": 40, "rust": 40} == row["samples"] and tokens == row["tokens"]
+
+
+def test_arms_with_one_order_are_no_test_of_order(tmp_path: Path) -> None:
+    arms = {"a": {"stages": ["other"]}, "b": {"stages": ["other"], "set": {"optimizer.weight_decay": 1}}}
+    assert plan(tmp_path, tables(arms, PHASES))["same_aggregate"] == []
+
+
+def test_a_control_that_misses_its_aggregate_is_told(tmp_path: Path) -> None:
+    odd = {
+        "up": {"steps": 3, "phases": [{"mixture": {"web": 1}}, {"mixture": {"rust": 1, "web": 2}}], "lr": LR},
+        "down": {"steps": 3, "reverse": "up", "lr": LR},
+    }
+    result = planned(tmp_path, tables({name: {"stages": [name]} for name in odd}, odd))
+    mine, theirs = (totals(result.arms[name].end)[0] for name in odd)
+    texts = warnings(study_plan(result), "unequal-control")
+    assert bool(texts) == (mine != theirs)
+
+
+# -- averages ----------------------------------------------------------------------------------------------------------
+
+
+def test_averages_are_nodes_of_several_parents(tmp_path: Path) -> None:
+    arms = {
+        "a": {"stages": ["init", "on"]},
+        "b": {"stages": ["init", "cool"]},
+        "soup": {"stages": [{"name": "mean", "average": ["a/on", "b/cool"], "weights": [3, 1]}]},
+        "same": {"stages": [{"name": "soup", "average": ["b", "a"], "weights": [1, 3]}]},
+        "tuned": {
+            "stages": [
+                {"name": "mean", "average": ["a", "b"]},
+                {"use": "on", "name": "t", "take": {"optimizer": "fresh"}},
+            ]
+        },
+        "last": {"stages": ["init", "on", {"name": "late", "last": 2}]},
+    }
+    result = planned(tmp_path, tables(arms, STAGES))
+    found, graph = study_plan(result), result.graph
+    ends = {arm.name: graph.nodes[arm.path[-1]] for arm in graph.arms}
+    assert ends["soup"].id == ends["same"].id and ends["soup"].tokens == 0
+    assert set(ends["soup"].parents) == {ends["a"].id, ends["b"].id}
+    assert ends["last"].parents == (ends["a"].id,)
+    # alone, a soup of two arms needs both: 16 x 16 tokens a stage
+    naive = {arm.name: arm.naive for arm in graph.arms}
+    assert naive == {"a": 512, "b": 512, "soup": 1024, "same": 1024, "tuned": 1280, "last": 512}
+    assert graph.trained == 3 * 256 + 256
+    words = {arm["name"]: arm["stages"][-1]["words"] for arm in found["arms"]}
+    assert words["soup"] == "average of a/on, b/cool: 75 %, 25 %"
+    assert graph.nodes[ends["tuned"].parents[0]].kind == "average"
+
+
+# -- axes --------------------------------------------------------------------------------------------------------------
+
+
+def test_axes_make_arms_as_a_grid_or_side_by_side(tmp_path: Path) -> None:
+    axes = {
+        "share": {
+            "set": ["stages.init.mixture.web", "stages.init.mixture.rust"],
+            "rows": [[1, 0], [3, 1]],
+            "labels": ["0", "25"],
+        },
+        "peak": {"set": ["stages.init.lr.peak"], "values": [Decimal("0.001"), Decimal("0.002")]},
+    }
+    arms = {
+        "g": {"stages": ["init"], "axes": ["share", "peak"]},
+        "z": {"stages": ["init"], "axes": ["share", "peak"], "combine": "zip"},
+    }
+    found = plan(tmp_path, tables(arms, STAGES, study={"name": "s", "output": "o"}, axes=axes))
+    names = [arm["name"] for arm in found["arms"]]
+    assert names == ["g-0-0.001", "g-0-0.002", "g-25-0.001", "g-25-0.002", "z-0-0.001", "z-25-0.002"]
+    assert {arm["name"]: arm["stages"][0]["words"] for arm in found["arms"]}["g-25-0.002"] == "web 75 %, rust 25 %"
+    assert len(found["nodes"]) == 4
+
+
+def test_an_axis_over_whole_tables_has_numbers_for_names(tmp_path: Path) -> None:
+    axes = {"mix": {"set": ["stages.init.mixture"], "values": [{"web": 1}, {"rust": 1}]}}
+    found = plan(
+        tmp_path,
+        tables({"a": {"stages": ["init"], "axes": ["mix"]}}, STAGES, study={"name": "s", "output": "o"}, axes=axes),
+    )
+    assert [arm["name"] for arm in found["arms"]] == ["a-1", "a-2"]
+
+
+def test_what_no_arm_uses_is_said(tmp_path: Path) -> None:
+    found = plan(
+        tmp_path, tables({"a": {"stages": ["init"]}}, STAGES, axes={"x": {"set": ["log.every"], "values": [1]}})
+    )
+    said = warnings(found, "study")
+    assert {"[stages.on] is used by no arm", "[axes.x] is used by no arm"} <= set(said)
+    assert {row["text"] for row in found["warnings"] if row["kind"] == "never-used"} == {
+        "python is used by no arm",
+        "rust is used by no arm",
+    }
+
+
+def test_chosen_arms_and_what_they_need(tmp_path: Path) -> None:
+    arms = {"a": {"stages": ["init"]}, "b-1": {"from": "a", "stages": ["on"]}, "b-2": {"from": "a", "stages": ["cool"]}}
+    assert len(plan(tmp_path, tables(arms, STAGES), "b-*")["nodes"]) == 3
+    assert len(plan(tmp_path, tables(arms, STAGES), "b-1")["nodes"]) == 2
