@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.commands.frame import config_arguments, load_from
+from megatron.commands.inspect_loss import loss_lines, loss_rows
 from megatron.commands.tables import clipped, console_for_tables, new_table
 from megatron.config.errors import ConfigError, StagemixError
 from megatron.config.quantities import format_count
@@ -42,6 +43,7 @@ example:
   stagemix inspect_data CONFIG --at "2B tokens" --ids        # ten samples from a token on; also "500 steps", "50%"
   stagemix inspect_data CONFIG --samples "500 steps:+1 steps" --summary    # counts against targets, epochs
   stagemix inspect_data CONFIG --documents python:100:120    # a source's documents, used or not
+  stagemix inspect_data CONFIG --documents chats:0:3 --loss  # conversations, with what the loss is on marked
   stagemix inspect_data CONFIG --samples 0:2000 --jsonl      # one object a sample
   stagemix inspect_data CONFIG --ledger runs/mine            # of a run whose config was edited since it began
 
@@ -76,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pieces", action="store_true", help="draw each sample piece by piece")
     parser.add_argument("--text", action="store_true", help="decode every piece with the config's tokenizer")
     parser.add_argument("--ids", action="store_true", help="show every piece's token ids")
+    parser.add_argument(
+        "--loss", action="store_true", help="with --documents: all text, marked where the loss is on it"
+    )
     parser.add_argument("--full", action="store_true", help="with --text, --ids: all of it instead of head … tail")
 
 
@@ -89,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
+    if args.loss and args.documents is None:
+        parser.error("--loss shows documents of instruction data: give --documents SOURCE too")
     config = load_from(args)
     tokenizer = load_tokenizer(config.tokenizer.path) if args.text or (args.ids and _rearranges(config)) else None
     sentinels = sentinels_of(tokenizer, config.tokenizer.fim) if tokenizer is not None else None
@@ -200,6 +207,11 @@ def _show_documents(config: RunConfig, run: ResolvedRun, args: argparse.Namespac
     count = source.opened().files.document_count
     if first >= count:
         raise ConfigError(f"--documents {args.documents}: source {name!r} has documents 0 to {count - 1}")
+    last = first + 20 if last is None else last
+    if args.loss:
+        for row in loss_rows(source, first, last, load_tokenizer(config.tokenizer.path)):
+            print(json.dumps(row, ensure_ascii=False) if args.jsonl else "\n".join(loss_lines(row)))
+        return
     decode: Decode | None = None
     try:
         decode = load_tokenizer(config.tokenizer.path).decode
@@ -207,7 +219,7 @@ def _show_documents(config: RunConfig, run: ResolvedRun, args: argparse.Namespac
         if args.text:
             raise
         print(f"without text: {error}", file=sys.stderr)
-    rows = document_rows(source, first, last if last is not None else first + 20, decode)
+    rows = document_rows(source, first, last, decode)
     if args.jsonl:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))

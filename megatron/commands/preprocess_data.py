@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from megatron.commands.preprocess_progress import print_summary, shown
+from megatron.corpora.chat_arguments import add_chat_arguments, with_chat
 from megatron.corpora.cleaning_arguments import add_cleaning_arguments, cleaning_options
 from megatron.corpora.read_options import ReadOptions
 from megatron.corpora.reading_arguments import add_reading_arguments, read_options
@@ -23,6 +24,9 @@ An input is a file, a folder (every file below it is read) or a glob in quotes: 
 in the field "text"), parquet, plain text and source code; .gz and .zst of them. Give several inputs to have them one
 after another. The result is P.bin (token ids), P.idx (where documents lie; Megatron's format) and P.json (counts,
 checksums, tokenizer), which appear together when all is done. Name P under [sources.NAME] data = ["P"] in a config.
+
+Conversations for instruction tuning give P.mask too, which says what tokens the loss is on (docs/instruction-data.md):
+  stagemix preprocess_data --format chat --chat-template chatml --max-tokens 2048 --too-long drop --input chats.jsonl …
 
 The work is kept in parts in the folder P.parts. A run that was stopped, was killed, or ran out of memory or disk goes
 on when the same command is run again, and the files are the same to the byte.
@@ -50,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="worker processes (default: the cores of this machine)")
     add("--overwrite", action="store_true", help="replace P.bin, P.idx and P.json if they exist")
     _add_reading(parser)
+    add_chat_arguments(parser)
     _add_work(parser)
     add_cleaning_arguments(parser)
     return parser
@@ -114,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.input and args.files_from is None:
         parser.error("give --input or --files-from")
     shard = None if args.shard is None else Shard.parse(args.shard)
-    options = PreprocessOptions(read_options(args), cleaning_options(args), args.encoder, args.on_error)
+    read, chat = with_chat(read_options(args), args)
+    options = PreprocessOptions(read, cleaning_options(args), args.encoder, args.on_error, chat=chat)
     began = time.perf_counter()
     with shown() as show:
         outcome = preprocess(

@@ -75,8 +75,17 @@ def print_summary(prefix: Path, manifest: dict[str, Any], seconds: float, peak_m
         f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s, {manifest['encoder']['backend']}{memory}"
     )
     counts = manifest["counts"]
+    if (mask := manifest.get("loss_mask")) is not None:
+        share = mask["target_tokens"] / manifest["tokens"]
+        print(
+            f"{prefix}.mask: the loss is on {mask['target_tokens']:,} of them ({share:.1%}), told by "
+            f"{manifest['chat']['loss_from']}; template: {manifest['chat']['template']['origin']}"
+        )
+        for note in manifest["chat"]["notes"]:
+            print(f"  note: {note}")
     for title, reasons in (
         ("skipped", manifest["skipped"]),
+        ("conversations", counts.get("chat", {})),
         ("rejected", counts["rejected"]),
         ("dropped", counts["duplicates"]),
         (f"quarantined in {prefix}.quarantine.jsonl", counts["quarantined"]),

@@ -93,7 +93,7 @@ def read_block(
         return read_row_groups(payload.file, payload.first, payload.count, options, counts)
     if isinstance(payload, LineRange | Content | TooLong):
         read = read_json_lines if payload.file.kind == "json-lines" else _text_reader(options)
-        return read(_batches(payload, options), payload.file, options, counts)
+        return read(batches_of(payload, options), payload.file, options, counts)
     raise ValueError(f"block {block.file_number}, {block.block_number} has no content: it was not wanted")
 
 
@@ -103,7 +103,8 @@ def _text_reader(
     return read_text_lines if options.text_documents == "line" else read_paragraphs
 
 
-def _batches(payload: LineRange | Content | TooLong, options: ReadOptions) -> Iterator[LineBatch | LongLine]:
+def batches_of(payload: LineRange | Content | TooLong, options: ReadOptions) -> Iterator[LineBatch | LongLine]:
+    """The lines that a block carries, or says where to read."""
     limit = options.max_document_bytes
     if isinstance(payload, TooLong):
         yield LongLine(payload.offset, 1, payload.size, payload.head)

@@ -119,9 +119,13 @@ def _holds_documents(path: str, options: ReadOptions) -> bool:
     """Whether the first line of a .json file is an object with the text field: then the file is JSON lines."""
     with open_stream(path) as stream:
         line = stream.read(_PEEK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0]
+    if options.chat_format and line.startswith(b"["):
+        return True  # whose reader says how to make lines of it: to pass it over would lose a whole data set
     try:
         record = orjson.loads(line)
     except ValueError:
         # a first document that is longer than what was read
         return len(line) > _PEEK_BYTES // 2 and line.startswith(b'{"' + options.text_field.encode() + b'":')
+    if options.chat_format:
+        return isinstance(record, dict)
     return isinstance(record, dict) and isinstance(record.get(options.text_field), str)

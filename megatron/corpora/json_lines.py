@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -178,6 +178,27 @@ class _Parser:
             elif first and line.strip() == b"{":
                 reason += f"; {_OBJECT}"
             return BadRecord(self._file.path, number, offset, reason, line.removesuffix(b"\n")[:BAD_CONTENT_BYTES])
+
+
+def explained(line: bytes, offset: int, number: int, fields: Sequence[str]) -> str:
+    """Why a line that is not blank is no record, for any reader of objects; "" for one that is.
+
+    number: of the line within the block, from 1. fields: none of which may stand twice.
+    """
+    record: Any = None
+    try:
+        record = _parse_exactly(line, offset, list(fields))
+        if not isinstance(record, dict):
+            raise _Flaw(f"a JSON object is expected, this is {kind_of(record)}")
+        orjson.loads(line)
+    except _Flaw as flaw:
+        first = number == 1 and offset in (0, len(codecs.BOM_UTF8))
+        if first and line.lstrip().startswith(b"["):
+            return f"{flaw}; {ARRAY}"
+        return f"{flaw}; {_OBJECT}" if first and line.strip() == b"{" else str(flaw)
+    except ValueError as error:
+        return _refusal(record, line, str(error))
+    return ""
 
 
 class _Flaw(Exception):

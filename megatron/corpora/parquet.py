@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.config.errors import DataError, UnavailableError
+from megatron.corpora.chat_records import FIELDS
 from megatron.corpora.document import BAD_CONTENT_BYTES, BadRecord, Document
 from megatron.corpora.read_options import InputFile, ReadOptions
 from megatron.corpora.records import kind_of, wanted_document
@@ -44,6 +45,32 @@ def read_row_groups(
                 row += batch.num_rows
 
 
+def read_records(
+    file: InputFile, first: int, count: int, options: ReadOptions
+) -> Iterator[tuple[int, int, dict[str, Any], str]]:
+    """The chat records of row groups as plain objects: row in the file, row in these groups (both from 1), record, and
+    what is wrong with it ("": nothing). Objects lose their null fields, which a column's other rows have given them.
+    """
+    with _Opened(file, options) as opened:
+        row = sum(opened.parquet.metadata.row_group(number).num_rows for number in range(first))
+        line = 0
+        for number in range(first, first + count):
+            for batch in opened.batches(number):
+                for place in range(batch.num_rows):
+                    row, line = row + 1, line + 1
+                    try:
+                        values = {name: batch.column(name)[place].as_py() for name in opened.columns}
+                        yield row, line, _without_nulls(values), ""
+                    except UnicodeDecodeError as error:
+                        yield row, line, {}, f"byte {error.start} of a value is not UTF-8: {error.reason}"
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _column_sizes(group: Any, columns: list[str]) -> list[tuple[str, int]]:
     chunks = [group.column(number) for number in range(group.num_columns)]
     return [
@@ -73,7 +100,7 @@ class _Opened:
             plain.close()
             self.parquet = pyarrow.parquet.ParquetFile(
                 file.path,
-                read_dictionary=[options.text_field],
+                read_dictionary=[] if options.chat_format else [options.text_field],
                 pre_buffer=False,
                 buffer_size=1 << 20,
                 page_checksum_verification=True,
@@ -108,6 +135,8 @@ class _Opened:
 
 def _checked_columns(schema: Any, file: InputFile, options: ReadOptions, types: Any) -> list[str]:
     """The columns to read. Raises DataError where one is missing, stands twice or has the wrong type."""
+    if options.chat_format:
+        return _chat_columns(schema, file, options)
     columns = []
     asked = [
         ("text_field", options.text_field),
@@ -139,6 +168,19 @@ def _checked_columns(schema: Any, file: InputFile, options: ReadOptions, types: 
             )
         columns.append(name)
     return list(dict.fromkeys(columns))
+
+
+def _chat_columns(schema: Any, file: InputFile, options: ReadOptions) -> list[str]:
+    """The columns of chat records that are there, of whatever types: each record is checked by itself."""
+    if not (found := [name for name in FIELDS if name in schema.names]):
+        present = ", ".join(map(repr, schema.names[:8])) or "none"
+        raise DataError(f"{file.path}: no column of a chat format (columns: {present}): one of {', '.join(FIELDS)}")
+    own = [options.id_field, options.language_field, options.source_field, options.licence_field]
+    columns = list(dict.fromkeys([*found, *(name for name in own if name and name in schema.names)]))
+    for name in columns:
+        if (times := schema.names.count(name)) != 1:
+            raise DataError(f"{file.path}: column {name!r} stands {times} times (only one of them can be meant)")
+    return columns
 
 
 def _is_string(kind: Any, types: Any) -> bool:

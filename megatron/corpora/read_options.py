@@ -27,11 +27,16 @@ class ReadOptions:
     gitignore: bool = True  # pass over what .gitignore files name, in folders
     git: bool = False  # read repositories at HEAD, tracked files only, instead of the checked-out files
     text_documents: Literal["file", "line", "blank-line"] = "file"  # what a document of a plain text file is
+    chat_format: Literal["", "auto", "alpaca", "sharegpt", "messages", "prompt-completion"] = ""  # "": no chat records
     max_document_bytes: int = 64 << 20  # a longer line, row or file is a bad record and never held whole
 
     def __post_init__(self) -> None:
         if self.text_documents not in ("file", "line", "blank-line"):
             raise ConfigError(f"text_documents = {self.text_documents!r}: one of file, line, blank-line")
+        if self.chat_format not in ("", "auto", "alpaca", "sharegpt", "messages", "prompt-completion"):
+            raise ConfigError(
+                f"chat_format = {self.chat_format!r}: one of auto, alpaca, sharegpt, messages, prompt-completion"
+            )
         if not self.text_field:
             raise ConfigError("text_field is empty: name the field that has the text")
         for name in ("min_file_bytes", "max_document_bytes"):

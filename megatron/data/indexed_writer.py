@@ -23,6 +23,9 @@ from numpy.typing import DTypeLike, NDArray
 from megatron.config.durable_files import sync_path
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.indexed_format import CHUNK, CODE_OF_DTYPE, HEADER, MAGIC, VERSION, path_of
+from megatron.data.loss_mask import FIELD as MASK_FIELD
+from megatron.data.loss_mask import SUFFIX as MASK_SUFFIX
+from megatron.data.loss_mask import LossMaskWriter
 
 
 class IndexedDatasetWriter:
@@ -48,6 +51,7 @@ class IndexedDatasetWriter:
         self.token_count = 0
         self.max_token_id = -1
         self.manifest_fields: dict[str, Any] = {}
+        self.mask: LossMaskWriter | None = None  # published with the rest; a dataset has none unless one is set
         self.document_count = 0
         self._sizes = array("i")
         self._split: list[tuple[int, int]] = []  # documents of several sequences: number, and sequences beyond one
@@ -129,6 +133,7 @@ class IndexedDatasetWriter:
         os.fsync(self._file.fileno())
         index_partial = path_of(self.prefix, ".idx.partial")
         index_sha256 = self._write_index(index_partial)
+        mask = self._finish_mask()
         manifest = {
             "format": 1,
             "documents": self.document_count,
@@ -138,6 +143,7 @@ class IndexedDatasetWriter:
             "idx_sha256": index_sha256,
             "bin_bytes": self.token_count * self.dtype.itemsize,
             "max_token_id": self.max_token_id,
+            **mask,
             **self.manifest_fields,
         }
         manifest_partial = path_of(self.prefix, ".json.partial")
@@ -148,6 +154,10 @@ class IndexedDatasetWriter:
         # The old .idx goes first, so that at no moment an .idx stands beside a .bin that is not its own.
         path_of(self.prefix, ".idx").unlink(missing_ok=True)
         os.replace(self._partial, path_of(self.prefix, ".bin"))
+        if self.mask is not None:
+            self.mask.publish()
+        else:
+            path_of(self.prefix, MASK_SUFFIX).unlink(missing_ok=True)  # of a dataset that this one replaces
         os.replace(manifest_partial, path_of(self.prefix, ".json"))
         sync_path(self.prefix.parent)
         os.replace(index_partial, path_of(self.prefix, ".idx"))
@@ -156,12 +166,21 @@ class IndexedDatasetWriter:
         self._file.close()
         return manifest
 
+    def _finish_mask(self) -> dict[str, Any]:
+        if self.mask is None:
+            return {}
+        if self.mask.token_count != self.token_count:
+            raise ValueError(f"the loss mask has {self.mask.token_count} bits for {self.token_count} tokens")
+        return {MASK_FIELD: self.mask.finish()}
+
     def abandon(self) -> None:
         """Remove what was written so far. Nothing that was published is touched."""
         self._hasher.shutdown()
         with suppress(OSError):  # on a full disk, closing tries once more to write what is buffered
             self._file.close()
         if not self._finished:
+            if self.mask is not None:
+                self.mask.abandon()
             for suffix in (".bin.partial", ".idx.partial", ".json.partial"):
                 path_of(self.prefix, suffix).unlink(missing_ok=True)
 

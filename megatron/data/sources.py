@@ -16,6 +16,7 @@ from megatron.config.errors import DataError
 from megatron.config.schema import SourceSection
 from megatron.data.epoch_index import SourceOrder, Span, overlapping
 from megatron.data.indexed_dataset import IndexedDataset, check_vocab
+from megatron.data.loss_mask import has_loss_mask
 from megatron.data.source_stream import CursorState, EpochSpan, SourceStream
 from megatron.tokenizers.base import Tokenizer
 
@@ -64,6 +65,11 @@ class OpenSource:
     def fingerprint(self) -> str:
         """Identifies the content, whatever its name and place."""
         return self.order.fingerprint if self.order is not None else f"planned:{self.epoch_tokens}"
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether some of its files say which of their tokens are learned (instruction data)."""
+        return self.order is not None and any(has_loss_mask(file.manifest) for file in self.order.files.files)
 
     def identity(self) -> dict[str, Any]:
         """What the past knows a source by."""

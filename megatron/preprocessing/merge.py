@@ -20,6 +20,7 @@ from megatron.corpora.cleaning import CleaningOptions, Decider
 from megatron.corpora.near_duplicates import NearOptions
 from megatron.data.indexed_format import path_of
 from megatron.data.indexed_writer import IndexedDatasetWriter, refuse_existing
+from megatron.data.loss_mask import LossMaskWriter
 from megatron.preprocessing.locks import locked
 from megatron.preprocessing.parts import Part, PartKey, open_part
 from megatron.preprocessing.shards import (
@@ -84,6 +85,8 @@ def merge_parts(
         storage_errors(path_of(prefix, ".bin.partial")),
         IndexedDatasetWriter(prefix, plan.content["dtype"], overwrite=True) as writer,
     ):
+        if "chat" in plan.content["options"]:
+            writer.mask = LossMaskWriter(prefix)
         dropped, duplicates = _duplicates(folder, parts, plan)
         all_tokens = sum(part.summary["tokens"] for part in parts)
         place = 0
@@ -112,6 +115,7 @@ class _Totals:
     skipped: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
+    chat: Counter[str] = field(default_factory=Counter)
     groups: dict[str, dict[str, NDArray[np.int64]]] = field(default_factory=dict)
 
     def add_group(self, kind: str, names: list[str], codes: NDArray[np.int32], *columns: NDArray[np.int64]) -> None:
@@ -199,8 +203,8 @@ def _copy(part: Part, keep: NDArray[np.bool_] | None, writer: IndexedDatasetWrit
     """The part's documents to the dataset, without those that are not kept."""
     summary = part.summary
     totals.records += summary["records"]
-    for name in ("skipped", "rejected", "quarantined"):
-        getattr(totals, name).update(summary[name])
+    for name in ("skipped", "rejected", "quarantined", "chat"):
+        getattr(totals, name).update(summary.get(name, {}))
     lengths, text_bytes = part.array("lengths"), part.array("text_bytes")
     chunks = _ahead(part.id_chunks(writer.dtype))
     if keep is None or keep.all():
@@ -216,6 +220,9 @@ def _copy(part: Part, keep: NDArray[np.bool_] | None, writer: IndexedDatasetWrit
         chosen = slice(None) if keep is None else keep
         totals.add_group(kind, names, codes[chosen], text_bytes[chosen], lengths[chosen])
     writer.end_documents(lengths if keep is None else lengths[keep])
+    if writer.mask is not None and part.has("loss_mask"):
+        targets = np.unpackbits(part.array("loss_mask"), count=int(lengths.sum()), bitorder="little")
+        writer.mask.add(targets if keep is None else targets[np.repeat(keep, lengths)])
     totals.text_bytes += int(text_bytes.sum() if keep is None else text_bytes[keep].sum())
 
 
@@ -256,7 +263,7 @@ def _manifest_fields(
     content = plan.content
     skipped = totals.skipped + Counter(content["skipped"])
     encoder = current_encoder(folder, plan)
-    fields = {
+    fields: dict[str, Any] = {
         "bytes_of_text": totals.text_bytes,
         "bytes_per_token": round(totals.text_bytes / writer.token_count, 4),
         "tokenizer": content["tokenizer"],
@@ -274,6 +281,9 @@ def _manifest_fields(
         "skipped": dict(sorted(skipped.items())),
         "versions": {"stagemix": VERSION},
     }
+    if "chat" in content["options"]:
+        fields["chat"] = content["options"]["chat"]
+        fields["counts"]["chat"] = dict(sorted(totals.chat.items()))
     for kind, table in sorted(totals.groups.items()):
         if any(table):  # where no document names one there is nothing to tell
             fields[kind] = {name: _group(*table[name].tolist()) for name in sorted(table)}

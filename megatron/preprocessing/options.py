@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from megatron.config.errors import ConfigError
+from megatron.corpora.chat_options import ChatOptions
 from megatron.corpora.cleaning import CleaningOptions
 from megatron.corpora.read_options import ReadOptions
 from megatron.tokenizers.encoder import Backend
@@ -18,6 +19,7 @@ class PreprocessOptions:
 
     on_error: "fail" ends the run at the first bad record; "quarantine" writes bad records to `P.quarantine.jsonl`.
     block_bytes: bytes of input for each part of the work; None: from the size of the corpus. It changes no output byte.
+    chat: for records that are conversations (then `read` has a chat_format too); None: documents are texts.
     """
 
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -25,6 +27,7 @@ class PreprocessOptions:
     encoder: Backend = "auto"
     on_error: Literal["fail", "quarantine"] = "fail"
     block_bytes: int | None = None
+    chat: ChatOptions | None = None
 
     def __post_init__(self) -> None:
         if self.encoder not in ("auto", "fast", "reference"):
@@ -33,10 +36,15 @@ class PreprocessOptions:
             raise ConfigError(f"on_error = {self.on_error!r}: one of fail, quarantine")
         if self.block_bytes is not None and self.block_bytes < 1:
             raise ConfigError(f"block_bytes = {self.block_bytes}: at least 1 is needed")
+        if (self.chat is None) != (not self.read.chat_format):
+            raise ConfigError("chat and read.chat_format: conversations need both, texts have neither")
 
     def to_json(self) -> dict[str, Any]:
         """Everything here that decides the output. Reads evaluation sets that are not prepared yet."""
-        return {"read": _plain(asdict(self.read)), "cleaning": self.cleaning.to_json(), "encoder": self.encoder}
+        read = _plain(asdict(self.read))
+        if not self.read.chat_format:
+            del read["chat_format"]  # texts have none
+        return {"read": read, "cleaning": self.cleaning.to_json(), "encoder": self.encoder}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from megatron.config.errors import (
     StorageError,
     UnavailableError,
 )
+from megatron.corpora.chat_options import ChatOptions, ChatSetup
 from megatron.corpora.cleaning import CleaningOptions, prepare
 from megatron.corpora.read_options import InputFile
 from megatron.corpora.selection import select_files
@@ -48,6 +49,7 @@ from megatron.preprocessing.work_plan import (
     write_plan,
 )
 from megatron.preprocessing.worker import Job, OtherIds, TokenizerFacts, describe_tokenizer, tools_released
+from megatron.tokenizers.load import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def preprocess(
     prefix, options, whole = Path(output_prefix), options or PreprocessOptions(), shard or Shard()
     folder = parts_folder(prefix)
     refuse_published(prefix, overwrite)
-    work = _Work(inputs, files_from, str(tokenizer), options, whole, folder, restart, progress)
+    chat = None if options.chat is None else _prepared_chat(options.chat, tokenizer)
+    work = _Work(inputs, files_from, str(tokenizer), options, chat, whole, folder, restart, progress)
     with _resumable(folder), tools_released(), signals_stop(), workers_started(workers) as pool:
         described = [
             pool.submit(describe_tokenizer, work.tokenizer, options.encoder, (number, workers))
@@ -123,6 +126,12 @@ def preprocess(
     return Outcome(manifest, queue.made, queue.kept, queue.peak_memory, notes)
 
 
+def _prepared_chat(options: ChatOptions, tokenizer: str | Path) -> ChatSetup:
+    from megatron.corpora.chat_setup import prepare_chat  # with jinja2, which text does not need
+
+    return prepare_chat(options, load_tokenizer(tokenizer))
+
+
 def _agreed(described: Sequence[TokenizerFacts]) -> TokenizerFacts:
     """What the workers say together: the reference, where a share of the proof failed in one of them."""
     return next((facts for facts in described if facts.backend == facts.library), described[0])
@@ -136,6 +145,7 @@ class _Work:
     files_from: str | Path | None
     tokenizer: str
     options: PreprocessOptions
+    chat: ChatSetup | None
     shard: Shard
     folder: Path
     restart: bool
@@ -149,7 +159,7 @@ class _Work:
         plan = make_plan(
             [str(path) for path in self.inputs] + ([f"files from {self.files_from}"] if self.files_from else []),
             present,
-            self.options.to_json(),
+            self.options.to_json() | ({"chat": self.chat.to_json()} if self.chat is not None else {}),
             {"name": facts.name, "fingerprint": facts.fingerprint, "vocab_size": facts.vocab_size},
             facts.library,
             {"backend": facts.backend, "note": facts.note},
@@ -197,6 +207,7 @@ class _Work:
                 read=self.options.read,
                 cleaning=None if cleaning == CleaningOptions() else cleaning,
                 quarantine=self.options.on_error == "quarantine",
+                chat=self.chat,
             )
             queue = BlockQueue(pool, workers, job, files, plan, self.shard, self.progress)
             try:

@@ -27,7 +27,11 @@ from megatron.tokenizers.encoder import Backend, Encoder, EncoderMismatch, open_
 from megatron.tokenizers.load import load_tokenizer
 
 if TYPE_CHECKING:  # imported where cleaning is asked for: it takes a worker's start as long as all the rest
+    from megatron.corpora.chat_options import ChatSetup
+    from megatron.corpora.chat_records import Conversation
+    from megatron.corpora.chat_targets import RenderedChat
     from megatron.corpora.cleaning import Cleaner, CleaningOptions, Signer
+    from megatron.preprocessing.chat_encoding import ChatEncoder
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -62,6 +66,7 @@ class Job:
     read: ReadOptions
     cleaning: CleaningOptions | None  # None: nothing is asked for
     quarantine: bool
+    chat: ChatSetup | None = None  # None: the corpus is text
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class _Tools:
     job: Job
     tokenizer: Tokenizer
     encoder: Encoder
+    chat: ChatEncoder | None
     cleaner: Cleaner | None
     signer: Signer | None
 
@@ -115,19 +121,17 @@ def make_part(block: Block, job: Job) -> PartReport:
 def _make_part(block: Block, key: PartKey, job: Job, tools: _Tools) -> PartReport:
     skipped: Counter[str] = Counter()
     with PartWriter(Path(job.folder), key) as writer:
-        rows = _Rows(tools, writer, SampleCheck(tools.encoder, tools.tokenizer, key))
-        for record in read_block(block, job.read, skipped):
+        rows = _Rows(tools, writer, SampleCheck(tools.encoder, tools.tokenizer, key), block, skipped)
+        for record, chat in _items(block, job.read, skipped, tools.chat):
             rows.records += 1
             if isinstance(record, BadRecord):
-                if not job.quarantine:
-                    raise _bad_record(record, absolute_line(block, record.line))
-                rows.set_aside(record, block.first_line)
+                rows.set_aside(record, rows.records)
             elif not record.text or record.text.isspace():
                 skipped["empty document"] += 1
             elif tools.cleaner is not None and (reason := tools.cleaner.reject(record)) is not None:
                 rows.rejected[reason] += 1
             else:
-                rows.add(record)
+                rows.add(record, chat)
         rows.flush()
         summary = {
             "plan": job.plan,
@@ -139,18 +143,46 @@ def _make_part(block: Block, key: PartKey, job: Job, tools: _Tools) -> PartRepor
     return PartReport(rows.documents, rows.tokens, _peak_memory())
 
 
+_Chat = tuple["Conversation", "RenderedChat"]
+
+
+def _items(
+    block: Block, read: ReadOptions, skipped: Counter[str], chats: ChatEncoder | None
+) -> Iterator[tuple[Document | BadRecord, _Chat | None]]:
+    """The records of a block; a conversation is the document that its rendered text makes."""
+    if chats is None:
+        yield from ((record, None) for record in read_block(block, read, skipped))
+        return
+    from megatron.corpora.chat_reading import read_chats
+
+    for record in read_chats(block, read, skipped):
+        if isinstance(record, BadRecord):
+            yield record, None
+        elif isinstance(made := chats.render(record), BadRecord):
+            yield made, None
+        else:
+            yield Document(record.id, made.text, record.language, record.source, record.licence), (record, made)
+
+
 class _Rows:
     """The documents of a part, as they gather."""
 
-    def __init__(self, tools: _Tools, writer: PartWriter, check: SampleCheck) -> None:
+    def __init__(
+        self, tools: _Tools, writer: PartWriter, check: SampleCheck, block: Block, skipped: Counter[str]
+    ) -> None:
         self._tools, self._writer, self._check = tools, writer, check
+        self._block, self._skipped = block, skipped
         self._texts: list[str] = []
+        self._chats: list[_Chat] = []
+        self._record_numbers: list[int] = []  # of the texts
+        self._targets: list[NDArray[np.bool_]] = []
+        self._chat_counts: Counter[str] = Counter()
         self._characters = 0
         self._lengths: list[NDArray[np.int64]] = []
         self._bytes: list[int] = []
         self._groups: dict[str, list[str]] = {"languages": [], "sources": []}
         self._signatures: dict[str, list[NDArray[Any]]] = {}
-        self._aside: list[bytes] = []
+        self._aside: list[tuple[int, bytes]] = []  # with the number of the record
         self._aside_kinds: Counter[str] = Counter()
         self._max_id = -1
         self.rejected: Counter[str] = Counter()
@@ -160,9 +192,12 @@ class _Rows:
     def documents(self) -> int:
         return len(self._bytes)
 
-    def add(self, document: Document) -> None:
+    def add(self, document: Document, chat: _Chat | None) -> None:
         text = document.text
         self._texts.append(text)
+        if chat is not None:
+            self._chats.append(chat)
+            self._record_numbers.append(self.records)
         self._bytes.append(len(text) if text.isascii() else len(text.encode()))
         self._groups["languages"].append(document.language)
         self._groups["sources"].append(document.source)
@@ -174,20 +209,45 @@ class _Rows:
         """Encode and write what has gathered."""
         if not self._texts:
             return
-        ids, lengths = self._tools.encoder.encode_documents(self._texts)
-        self._check.look_at(self._texts)
+        if self._tools.chat is None:
+            ids, lengths = self._tools.encoder.encode_documents(self._texts)
+            self._check.look_at(self._texts)
+        else:
+            ids, lengths = self._encoded_chats(self._tools.chat)
         self._writer.add_ids(ids)
         self._lengths.append(lengths)
-        self._max_id = max(self._max_id, int(ids.max()))
+        self._max_id = max(self._max_id, int(ids.max()) if len(ids) else -1)
         self.tokens += len(ids)
-        if self._tools.signer is not None:
+        if self._tools.signer is not None and self._texts:
             for name, rows in self._tools.signer.sign(self._texts).items():
                 self._signatures.setdefault(name, []).append(rows)
         self._texts, self._characters = [], 0
 
-    def set_aside(self, record: BadRecord, first_line: int | None) -> None:
-        """Keep a bad record for the quarantine file."""
-        self._aside.append(quarantine_line(record, first_line))
+    def _encoded_chats(self, encoder: ChatEncoder) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
+        """The conversations that have gathered, without those that are too long."""
+        chats, numbers, first = self._chats, self._record_numbers, len(self._bytes) - len(self._texts)
+        self._chats, self._record_numbers = [], []
+        found = encoder.encode(chats, self._check)
+        self._texts = [text for text, kept in zip(self._texts, found.kept, strict=True) if kept]
+        for place, size in found.text_bytes.items():
+            self._bytes[first + place] = size
+        columns: list[list[Any]] = [self._bytes, *self._groups.values()]
+        for column in columns:
+            column[first:] = [value for value, kept in zip(column[first:], found.kept, strict=True) if kept]
+        self._targets.append(found.targets)
+        self._skipped.update(found.skipped)
+        self._chat_counts.update(found.counts)
+        for place, record in found.bad:
+            self.set_aside(record, numbers[place])
+        return found.ids, found.lengths
+
+    def set_aside(self, record: BadRecord, number: int) -> None:
+        """Keep a bad record for the quarantine file; DataError where none is asked for. number: of the record."""
+        if not self._tools.job.quarantine:
+            if self._chats:
+                self.flush()  # an earlier one may turn out to be bad too, and is named then
+            raise _bad_record(record, absolute_line(self._block, record.line))
+        self._aside.append((number, quarantine_line(record, self._block.first_line)))
         self._aside_kinds[kind_of(record.reason)] += 1
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -197,10 +257,12 @@ class _Rows:
             if any(values):
                 numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
                 arrays[name] = np.array([numbers[value] for value in values], np.int32)
+        if self._targets:
+            arrays["loss_mask"] = np.packbits(np.concatenate(self._targets), bitorder="little")
         return arrays | {name: np.concatenate(rows) for name, rows in self._signatures.items()}
 
     def quarantined(self) -> bytes:
-        return b"".join(self._aside)
+        return b"".join(line for _, line in sorted(self._aside, key=lambda item: item[0]))
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -210,6 +272,7 @@ class _Rows:
             "max_token_id": self._max_id,
             "rejected": dict(sorted(self.rejected.items())),
             "quarantined": dict(sorted(self._aside_kinds.items())),
+            **({"chat": dict(sorted(self._chat_counts.items()))} if self._tools.chat is not None else {}),
             **{name: list(dict.fromkeys(values)) for name, values in self._groups.items() if any(values)},
         }
 
@@ -232,8 +295,17 @@ def _tools(job: Job) -> _Tools:
                 f"{job.tokenizer}: this process encodes with {encoder.backend}, and the work began with {job.backend}: "
                 "the installation was changed while preprocessing ran"
             )
-        tools = _held["tools"] = _Tools(job, tokenizer, encoder, *_cleaning_tools(job.cleaning))
+        chat = _chat_tools(job.chat, tokenizer, encoder)
+        tools = _held["tools"] = _Tools(job, tokenizer, encoder, chat, *_cleaning_tools(job.cleaning))
     return tools
+
+
+def _chat_tools(setup: ChatSetup | None, tokenizer: Tokenizer, encoder: Encoder) -> ChatEncoder | None:
+    if setup is None:
+        return None
+    from megatron.preprocessing.chat_encoding import ChatEncoder  # with jinja2, which text does not need
+
+    return ChatEncoder(setup, tokenizer, encoder)
 
 
 def _cleaning_tools(options: CleaningOptions | None) -> tuple[Cleaner | None, Signer | None]:

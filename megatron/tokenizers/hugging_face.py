@@ -18,6 +18,7 @@ from megatron.tokenizers.base import (
     stated_eos,
     utf8_of,
 )
+from megatron.tokenizers.continuation import SpecialRules
 from megatron.tokenizers.hugging_face_plain_bpe import plain_bpe_of_json
 
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -65,6 +66,20 @@ class HuggingFaceTokenizer:
 
     def files(self) -> list[Path]:
         return [self._path, *(p for name in _BESIDE if (p := self._path.parent / name).is_file())]
+
+    def special_rules(self) -> SpecialRules:
+        """How text beside special tokens is encoded, as the library does it where it matches them."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        strips = {i: (added[i].lstrip, added[i].rstrip) for i in self._special if i in added}
+        name = next((added[i].content for i in self._special if i in added), None)
+        if name is None:
+            return SpecialRules()
+        self._tokenizer.encode_special_tokens = False
+        try:
+            behind = self._encode(f"{name}a")[1:]
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return SpecialRules(behind == self._encode("a"), {i: rule for i, rule in strips.items() if any(rule)})
 
     def _encode(self, text: str) -> list[int]:
         # The batch call of one text skips the offsets, which cost as much as the ids.

@@ -370,6 +370,8 @@ def description(
     ]
     lines += [f"  {key}: {value}" for key, value in engine.describe().items() if key != "precision"]
     lines += [f"  note: stage {s.name!r}: {note}" for s in schedule.stages for note in s.notes]
+    masked = [name for name, source in sorted(resolved.sources.items()) if source.has_loss_mask]
+    lines += [f"  note: source {name!r} has a loss mask, which train does not read: all is learned" for name in masked]
     return lines + [f"  note: {event['event']} in stage {event['stage']!r}" for event in resolved.events]
 
 

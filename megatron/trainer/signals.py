@@ -18,6 +18,7 @@ SAME_REQUEST_SECONDS = 1.0
 SAME_SIGNAL_SECONDS = 0.5
 """At a job's time limit, and by scancel --full, SLURM sends each process SIGTERM twice within milliseconds (seen on
 22.05): the same signal again so soon is the same request, too."""
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 LAST_WORDS_SECONDS = 20.0
 """For the record of an end by force: a disk that hangs must not hold the process."""
 
@@ -49,7 +50,7 @@ class StopSignals:
         self._seconds = seconds
         self._end_by: float | None = None
         self._first: int | None = None
-        self._first_time = 0.0
+        self._asked = (0, 0.0)
         self._before: dict[int, object] = {}
         self._changing = threading.Lock()
 
@@ -118,15 +119,25 @@ class StopSignals:
         now = time.monotonic()
         if self._first is None:
             with self._changing:
-                self._first, self._first_time = number, now
+                self._first, self._asked = number, (number, now)
                 if (leave := self._before_training) is not None:
                     _in_time(lambda: leave(self.name))
                     os._exit(EXIT_REQUEUE)
             if self._seconds and self._end_by is None:
                 self._end_by = now + self._seconds
-        elif now - self._first_time > (SAME_SIGNAL_SECONDS if number == self._first else SAME_REQUEST_SECONDS):
+        elif self._is_second(number, now):
             _in_time(lambda: self._at_once(number))
             os._exit(128 + number)
+
+    def _is_second(self, number: int, now: float) -> bool:
+        """Whether a signal after the first is another request, to end at once."""
+        before, when = self._asked
+        if number == signal.SIGTERM and before in _WARNINGS:
+            # A scheduler that warned (sbatch --signal) says SIGTERM when the time is over: a save may still fit into what
+            # it then grants (SLURM's KillWait), and SIGKILL ends it otherwise.
+            self._asked = number, now
+            return False
+        return now - when > (SAME_SIGNAL_SECONDS if number == before else SAME_REQUEST_SECONDS)
 
 
 def _in_time(last_words: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from megatron.config.errors import ConfigError
+from megatron.config.errors import ConfigError, StopRequested
 from megatron.config.schema import TrainSection
 from megatron.launch.attempts import SAVE_NOW, WALL_TIME
 from megatron.parallel.mesh import Mesh
@@ -57,10 +57,11 @@ class WallTime:
         """Whether the run has to stop now."""
         return self._now() + self.needed(step) > self._end
 
-    def too_short(self, step: int) -> ConfigError:
-        """The error of a run that was stopped before it took a step: it would be requeued for ever."""
+    def too_short(self, step: int) -> StopRequested:
+        """The error of a run that was stopped before it took a step. Another start may be quicker, so that it may be
+        requeued; stops without progress are counted there."""
         pace, left = self._pace, self._end - self._began
-        return ConfigError(
+        return StopRequested(
             f"the allocation is too short: {left:.0f} s of it were left when this process began, and its start took "
             f"{self._now() - self._began:.0f} s; another {self.needed(step):.0f} s are needed for a step and a save: "
             f"{pace.longest_step:.1f} s for a step, twice {pace.longest_save:.1f} s for a save"
@@ -153,11 +154,11 @@ class Stopping:
         if self.switches:
             self.switches.served()
 
-    def too_short(self, step: int) -> ConfigError:
+    def too_short(self, step: int) -> StopRequested:
         """The error of a run that the allocation's end stopped before it took a step."""
         if self.wall:
             return self.wall.too_short(step)
-        return ConfigError("the allocation is too short for a step and a save: rank 0 says more")
+        return StopRequested("the allocation is too short for a step and a save: rank 0 says more")
 
 
 def _clock(when: float) -> str:

@@ -53,8 +53,8 @@ with StopSignals(at_once, ["SIGUSR2"] if mode == "one" else HANDLED, **late) as 
     if mode == "busy":
         # like a long kernel: releases the interpreter's lock, but the main thread runs no signal handler meanwhile
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
-    if mode == "wait":
-        time.sleep(0.5)
+    if mode in ("wait", "linger-in"):
+        time.sleep(0.5 if mode == "wait" else 2.5)
 print("left", flush=True)
 if mode == "linger":
     time.sleep(0.5)
@@ -109,6 +109,35 @@ def test_slurm_sends_sigterm_twice_and_asks_once() -> None:
     assert line_of(process) == "asked by SIGTERM"
     assert line_of(process) == "left"
     assert process.wait(30) == 0
+
+
+@pytest.mark.timeout(60)
+def test_sigterm_after_a_schedulers_warning_leaves_the_save_its_time() -> None:
+    process = start("linger-in")
+    process.send_signal(signal.SIGUSR1)
+    assert line_of(process) == "asked by SIGUSR1"
+    time.sleep(1.2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert line_of(process) == "left"
+    assert process.wait(30) == 0
+
+
+@pytest.mark.timeout(60)
+def test_another_sigterm_after_a_warning_and_the_first_ends_at_once() -> None:
+    process = start("busy")
+    try:
+        process.send_signal(signal.SIGUSR2)
+        assert line_of(process) == "asked by SIGUSR2"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert line_of(process) == f"at once {int(signal.SIGTERM)}"
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait(10)
 
 
 @pytest.mark.timeout(60)
