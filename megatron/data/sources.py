@@ -39,13 +39,17 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source whose files are open, or one that is planned by its size alone (`order` is None)."""
+    """A source whose files are open, or one that is planned by its size alone (`order` is None).
+
+    has_loss_mask: some of its files say which of their tokens are learned (instruction data).
+    """
 
     name: str
     source_id: int
     section: SourceSection
     piece_tokens: int
     order: SourceOrder | None
+    has_loss_mask: bool = False
 
     @property
     def group(self) -> str:
@@ -65,11 +69,6 @@ class OpenSource:
     def fingerprint(self) -> str:
         """Identifies the content, whatever its name and place."""
         return self.order.fingerprint if self.order is not None else f"planned:{self.epoch_tokens}"
-
-    @property
-    def has_loss_mask(self) -> bool:
-        """Whether some of its files say which of their tokens are learned (instruction data)."""
-        return self.order is not None and any(has_loss_mask(file.manifest) for file in self.order.files.files)
 
     def identity(self) -> dict[str, Any]:
         """What the past knows a source by."""
@@ -126,11 +125,12 @@ def open_sources(
     for source_id, name in enumerate(sorted(sections)):
         section = sections[name]
         piece_tokens = section.piece_tokens or PIECE_SEQUENCES * seq_length
-        order = None
+        order, masked = None, False
         if section.data:
             files = [IndexedDataset(prefix) for prefix in section.data]
             for file in files:
                 _check_tokenizer(name, file, tokenizer)
+            masked = any(has_loss_mask(file.manifest) for file in files)
             order = SourceOrder(
                 files,
                 seed=seed,
@@ -139,7 +139,7 @@ def open_sources(
                 document_slice=section.slice,
                 holdout_fraction=holdout_fraction,
             )
-        opened[name] = OpenSource(name, source_id, section, piece_tokens, order)
+        opened[name] = OpenSource(name, source_id, section, piece_tokens, order, masked)
     _check_overlap(opened)
     return opened
 

@@ -133,8 +133,8 @@ class StopSignals:
         """Whether a signal after the first is another request, to end at once."""
         before, when = self._asked
         if number == signal.SIGTERM and before in _WARNINGS:
-            # A scheduler that warned (sbatch --signal) says SIGTERM when the time is over: a save may still fit into what
-            # it then grants (SLURM's KillWait), and SIGKILL ends it otherwise.
+            # A scheduler that warned (sbatch --signal) says SIGTERM when the time is over: a save may still fit into
+            # what it then grants (SLURM's KillWait), and SIGKILL ends it otherwise.
             self._asked = number, now
             return False
         return now - when > (SAME_SIGNAL_SECONDS if number == before else SAME_REQUEST_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config.errors import ConfigError, DataError
+from megatron.config.schema import SourceSection
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.loss_mask import LossMask, LossMaskWriter, has_loss_mask
+from megatron.data.sources import open_sources
 
 
 def write(prefix: Path, pieces: list[list[bool]]) -> dict[str, Any]:
@@ -139,3 +142,15 @@ def test_inspect_data_marks_what_is_learned(tmp_path: Path, capsys: pytest.Captu
         writer.add_document([*said, *answer, *said, 256])
     with pytest.raises(ConfigError, match="has no loss mask"):
         main([config_of(tmp_path, str(tmp_path / "t")), "--documents", "chats", "--loss"])
+
+
+def test_an_opened_source_knows_that_it_has_one(tmp_path: Path) -> None:
+    for name, masked in (("chat", True), ("text", False)):
+        if masked:
+            write(tmp_path / name, [[True, False, True]])
+        else:
+            with IndexedDatasetWriter(tmp_path / name, np.uint16, overwrite=True) as writer:
+                writer.add_document([8, 9, 10, 11])
+    sections = {name: SourceSection(data=[str(tmp_path / name)]) for name in ("chat", "text")}
+    opened = open_sources(sections, seed=1, seq_length=2, holdout_fraction=Decimal(0), cache_dir=None)
+    assert {name: source.has_loss_mask for name, source in opened.items()} == {"chat": True, "text": False}
