@@ -230,7 +230,7 @@ def _show_layout(layout: dict[str, Any] | None, console: Console) -> None:
         )
     for row in layout["batches"]:
         shape = f"batch {row['global_batch_size']} x {row['seq_length']}"
-        words = f", bubble {row['bubble']:.1%} of the step, {_bytes(row['receive_bytes'])} to receive into"
+        words = f", bubble {row['bubble']:.1%} of the step, {_bytes(row['receive_bytes'])} between stages"
         bubble = words if layout["axes"]["pipeline"] > 1 else ""
         console.print(f"  {shape}: {row['microbatches']} microbatches a step on each data rank{bubble}")
     console.print()

@@ -3,6 +3,8 @@
 Every rank of the pipeline axis is given the same microbatches. Hidden states travel between stages; what a stage needs
 besides (documents, targets, sample numbers) it takes from its own copy of the microbatch.
 
+What a rank holds of what travels is what is in flight (`pipeline_stage.py`).
+
 Shapes are declared before the first step, so that torch need not find them by an extra forward and backward pass.
 """
 
@@ -25,6 +27,7 @@ from torch.distributed.pipelining.schedules import (
 
 from megatron.kernels.document_lengths import DocumentBounds
 from megatron.parallel.axis import Axis
+from megatron.parallel.pipeline_stage import InFlightStage, make_stage
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
@@ -92,7 +95,7 @@ class Pipeline:
         self._schedule_name = schedule
         self._shape = shape
         self._device = device
-        self._built: tuple[tuple[int, int, int], Any] | None = None
+        self._built: tuple[tuple[int, int, int], Any, list[PipelineStage]] | None = None
 
     @property
     def holds_last(self) -> bool:
@@ -109,7 +112,7 @@ class Pipeline:
 
         Returns each row's sum of losses, float64 [n], where the head is held; else None.
         """
-        schedule = self._schedule(microbatches, rows.tokens.shape[0] // microbatches, rows.tokens.shape[1])
+        schedule, stages = self._schedule(microbatches, rows.tokens.shape[0] // microbatches, rows.tokens.shape[1])
         inputs = (rows.tokens,) if 0 in self._modules else ()
         given = {"document_ids": rows.document_ids, "sample_numbers": rows.sample_numbers, "targets": rows.targets}
         # Not among what is given: up to torch 2.11 split backward passes take tensors only.
@@ -117,17 +120,21 @@ class Pipeline:
             module.scale, module.bounds = scale, rows.bounds  # type: ignore[assignment]
         target = {"target": rows.targets} if self.holds_last else {}
         outputs = schedule.step(*inputs, **target, **given)
+        for stage in stages:
+            if isinstance(stage, InFlightStage):
+                stage.finish()
         return None if outputs is None else outputs[1].detach()
 
-    def _schedule(self, microbatches: int, batch: int, length: int) -> Any:
+    def _schedule(self, microbatches: int, batch: int, length: int) -> tuple[Any, list[PipelineStage]]:
         """A schedule serves one shape; a training stage of another sequence length needs another."""
         key = (microbatches, batch, length)
         if self._built is None or self._built[0] != key:
+            self._built = None  # what served another shape goes first
             stages = [self._stage(number, batch, length) for number in self._modules]
             kind = SCHEDULES[self._schedule_name]
             held = stages[0] if kind is Schedule1F1B else stages
-            self._built = key, kind(held, microbatches, loss_fn=_total, scale_grads=False)
-        return self._built[1]
+            self._built = key, kind(held, microbatches, loss_fn=_total, scale_grads=False), stages
+        return self._built[1], self._built[2]
 
     def _stage(self, number: int, batch: int, length: int) -> PipelineStage:
         count = len(self._owners)
@@ -136,14 +143,15 @@ class Pipeline:
         wide = torch.float64 if self._shape.dtype == torch.float64 else torch.float32
         total = torch.empty(1, dtype=wide, device="meta").requires_grad_()
         losses = torch.empty(batch, dtype=torch.float64, device="meta")
-        return PipelineStage(
+        return make_stage(
+            SCHEDULES[self._schedule_name],
             self._modules[number],
             number,
             count,
             self._device,
-            input_args=(tokens if number == 0 else hidden,),
-            output_args=(total, losses) if number == count - 1 else (hidden,),
-            group=self._axis.group,
+            self._axis.group,
+            inputs=(tokens if number == 0 else hidden,),
+            outputs=(total, losses) if number == count - 1 else (hidden,),
         )
 
     @torch.no_grad()

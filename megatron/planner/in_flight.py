@@ -44,6 +44,27 @@ def microbatches_in_flight(
     return _fullest(_zbv(pipeline, rank, microbatches), 2)
 
 
+def in_transit(schedule: str, pipeline: int, virtual: int, rank: int, microbatches: int) -> int:
+    """Hidden states and their gradients, of a microbatch each, that a rank holds at most besides the inputs and outputs
+    of those in flight: received into before their pass has begun, and sent and not yet known to have arrived.
+
+    virtual: stages on a rank, of all schedules. 1f1b: three messages, which its variables hold. Else torch posts a
+    receive as soon as its sender's turn is over: two or three ahead, but up to p on interleaved's ends, whose
+    neighbours are a round ahead; and `parallel/pipeline_stage.py` lets each stage have two gradients under way while a
+    third sets out. `tests/parallel/test_pipeline_order.py` counts in torch's own orders.
+    """
+    if pipeline == 1:
+        return 0
+    sends = virtual - (rank == 0)
+    if schedule == "1f1b":
+        return 3
+    if schedule == "interleaved":
+        ahead = max(3, pipeline) if rank in (0, pipeline - 1) else 3
+    else:
+        ahead = 2 if schedule == "zero-bubble" else 3
+    return min(ahead, 2 * virtual * microbatches) + min(3, microbatches) * sends
+
+
 def _interleaved(pipeline: int, virtual: int, rank: int, microbatches: int) -> Iterator[Event]:
     """Forward passes go round by round through the rank's stages, backward passes the other way; before the first
     backward pass come v - 1 rounds and two for each rank behind this one."""

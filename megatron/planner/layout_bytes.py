@@ -12,6 +12,7 @@ from megatron.config.layout import Layout
 from megatron.config.model_shape import ModelShape
 from megatron.config.partition import partition_layers, stage_count, stage_numbers
 from megatron.config.schema import OptimizerSection, ParallelSection
+from megatron.planner.in_flight import in_transit
 
 _STEP_BYTES = 4  # the optimizer's count of steps, float32, beside every tensor
 
@@ -87,17 +88,22 @@ def step_bytes(
     return StepBytes(0 if split_masters else narrow * at_once, wide * (around + sum(layers)) if late and shared else 0)
 
 
-def receive_bytes(section: ParallelSection, layout: Layout, width: int, precision: str, rows: int, length: int) -> int:
-    """What one pipeline rank keeps to receive into, at most, for `rows` rows of `length` positions a step: torch's
-    pipeline has a buffer of each microbatch's hidden states and one of their gradients for every stage, for the whole
-    run. width: of the hidden states. A stage at an end receives one of the two only.
+def receive_bytes(
+    section: ParallelSection, layout: Layout, width: int, precision: str, rows: int, length: int, microbatches: int
+) -> int:
+    """Hidden states and their gradients on their way between stages, of any pipeline rank at most: received into before
+    they are needed, or sent and not yet known to have arrived (`in_flight.in_transit`). Those that passes in flight
+    have read or made are activations.
+
+    width: of the hidden states. rows: of a microbatch, each of `length` positions. microbatches: of a step.
     """
-    if layout.pipeline == 1:
-        return 0
     each = {"fp64": 8, "fp32": 4}.get(precision, 2)
     cut = layout.context * (layout.tensor if section.sequence else 1)
-    stages = stage_count(section) // layout.pipeline
-    return 2 * stages * rows * (length // cut) * width * each
+    virtual = stage_count(section) // layout.pipeline
+    most = max(
+        in_transit(section.schedule, layout.pipeline, virtual, rank, microbatches) for rank in range(layout.pipeline)
+    )
+    return most * rows * (length // cut) * width * each
 
 
 def stage_tensors(shape: ModelShape, tensor: int, layers: range, first: bool, last: bool) -> Iterator[HeldTensor]:

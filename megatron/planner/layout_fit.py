@@ -17,7 +17,6 @@ from megatron.config.partition import partition_layers, stage_count, stage_numbe
 from megatron.config.schema import ParallelSection
 from megatron.planner.hardware import Accelerator, Efficiency
 from megatron.planner.in_flight import microbatches_in_flight
-from megatron.planner.layout_bytes import receive_bytes
 from megatron.planner.rank_memory import RankMemory, communicating_groups, rank_memory
 from megatron.planner.search_space import Choice, Recompute, Workload, recompute_kinds, train_of
 from megatron.planner.state_bytes import state_bytes
@@ -120,17 +119,12 @@ def _covered(vector: tuple[int, ...], larger: Iterable[tuple[int, ...]]) -> bool
 def floor_bytes(workload: Workload, choice: Choice) -> int:
     """No more than any recompute and any rows of a microbatch need with this layout: what two moments of a step hold
     without activations, on the pipeline's ends."""
-    batch, section, layout = workload.main, choice.section, choice.layout
-    rows = batch.global_batch_size // layout.data
-    # An end of the pipeline receives at least from one side.
-    receive = receive_bytes(
-        section, layout, workload.shape.hidden_size, workload.train.precision, rows, batch.seq_length
-    )
+    section, layout = choice.section, choice.layout
     most = 0
     for rank in {0, section.pipeline - 1}:
         state = state_bytes(workload.shape, section, layout, workload.train, workload.optimizer, rank, workload.kernels)
         held = state.parameters + state.gradients + state.optimizer
-        backward = held + state.gathered + max(state.accumulated, state.narrow_gradients) + receive // 2
+        backward = held + state.gathered + max(state.accumulated, state.narrow_gradients)
         most = max(most, backward, held + state.copies + state.updating)
     return most + framework_bytes(layout)
 

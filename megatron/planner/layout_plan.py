@@ -142,5 +142,7 @@ def _batch_row(
         "global_batch_size": batch.global_batch_size,
         "microbatches": count,
         "bubble": float(bubble),
-        "receive_bytes": receive_bytes(section, layout, shape.hidden_size, train.precision, rows, batch.seq_length),
+        "receive_bytes": receive_bytes(
+            section, layout, shape.hidden_size, train.precision, train.micro_batch_size, batch.seq_length, count
+        ),
     }

@@ -34,7 +34,7 @@ from megatron.planner.activation_bytes import (
     stream_bytes,
 )
 from megatron.planner.forward_pass import DeviceKind, ForwardPass, forward_pass
-from megatron.planner.in_flight import microbatches_in_flight
+from megatron.planner.in_flight import in_transit, microbatches_in_flight
 from megatron.planner.state_bytes import StateBytes, state_bytes
 
 CONTEXT_BYTES = 1 << 30
@@ -50,9 +50,9 @@ class RankMemory:
 
     parameters: master weights. gradients: as the optimizer reads them. optimizer: moments and steps. gathered: weights
     to compute with: copies, casts to 8 bits, what FSDP2 or ZeRO has gathered. accumulated: gradients that wait to be
-    reduced over the data ranks or to be widened. receive: what torch's pipeline keeps of
-    hidden states and their gradients that come and go. activations: kept for backward
-    passes of all microbatches in flight. logits: of the loss at its peak, with the gradients that it makes forward.
+    reduced over the data ranks or to be widened. receive: hidden states and their gradients on their way between
+    stages, at most. activations: kept for backward passes of all microbatches in flight.
+    logits: of the loss at its peak, with the gradients that it makes forward.
     workspace: short-lived tensors. moment: which it is. host: in the host's memory, by offload; not in the total.
     """
 
@@ -135,7 +135,7 @@ def _fullest(
 ) -> RankMemory:
     rows = microbatches * run.rows * run.length * _BYTES_A_TOKEN if device == "gpu" else 0
     pieces = _stage_pieces(shape, section, run, rank)
-    receive = _travelling(shape, section, run, pieces, microbatches)
+    receive = _travelling(shape, section, run, pieces, rank, microbatches)
     flying = _flying(section, run, shape, pieces, rank, microbatches)
     last, first = any(piece.last for piece in pieces), any(piece.first for piece in pieces)
     # A step's first microbatch has no gradients beside it, unless its products add to sums that are there already.
@@ -212,19 +212,19 @@ def _stage_pieces(shape: ModelShape, section: ParallelSection, run: ForwardPass,
     for number in stage_numbers(section, rank):
         first, last, layers = number == 0, number == count - 1, partition[number]
         kept = stage_bytes(shape, run, layers, first, last, section.recompute_layers)
-        # Its input lies in a buffer of `receive`, and its output is held until its backward pass.
-        kept += stream_bytes(shape, run) * ((not last) - (not first))
+        # Its output is held until its backward pass, as is its input.
+        kept += stream_bytes(shape, run) * (not last)
         # torch's first stage has nobody to send gradients of inputs to, and computes all in the second half.
         pending = pending_bytes(shape, run, len(layers)) if run.split and not first else 0
         pieces.append(_Piece(kept, pending, first, last))
     return pieces
 
 
-def _travelling(shape: ModelShape, section: ParallelSection, run: ForwardPass, pieces: list[_Piece], count: int) -> int:
-    """torch's buffers to receive hidden states and their gradients, of all microbatches of a step; but for 1f1b torch
-    waits for what it sends at the end of a step only, so that all of it is held till then."""
-    ends = sum(2 - piece.first - piece.last for piece in pieces)
-    return count * stream_bytes(shape, run) * ends * (1 if section.schedule == "1f1b" else 2)
+def _travelling(
+    shape: ModelShape, section: ParallelSection, run: ForwardPass, pieces: list[_Piece], rank: int, count: int
+) -> int:
+    """Hidden states and their gradients on their way, at most."""
+    return stream_bytes(shape, run) * in_transit(section.schedule, section.pipeline, len(pieces), rank, count)
 
 
 def _flying(

@@ -73,12 +73,13 @@ def test_gradients_that_are_added_up_narrow_take_half() -> None:
     assert found["fp32"]["total"] - found["bf16"]["total"] == 2 * count
 
 
-def test_buffers_that_a_pipeline_receives_into() -> None:
+def test_what_is_on_its_way_between_stages_does_not_grow_with_the_batch() -> None:
     found = layout_of({"pipeline": 2, "tensor": 2, "sequence": True}, 8)
-    # 16 rows on each of 2 data ranks, half of 64 positions, width 64, bf16; hidden states and gradients
-    assert found["batches"][0]["receive_bytes"] == 2 * 16 * 32 * 64 * 2
+    # 1f1b: three messages of a microbatch: 2 rows, half of 64 positions, width 64, bf16
+    assert found["batches"][0]["receive_bytes"] == 3 * 2 * 32 * 64 * 2
     interleaved = layout_of({"pipeline": 2, "schedule": "interleaved"}, 2)
-    assert interleaved["batches"][0]["receive_bytes"] == 2 * 2 * 32 * 64 * 64 * 2
+    # of two stages on the last rank: three receives ahead, and three gradients sent from each
+    assert interleaved["batches"][0]["receive_bytes"] == (3 + 2 * 3) * 2 * 64 * 64 * 2
     assert layout_of({"tensor": 2}, 2)["batches"][0]["receive_bytes"] == 0
 
 

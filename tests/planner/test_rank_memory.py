@@ -129,8 +129,11 @@ RUNS = {
     "gradients dominate": (Run(1, SMALL | {"seq_length": 8}, {}, {}, "bf16", rows=1), 0.03),
     "tensor 2": (Run(2, SMALL, {"tensor": 2}, {}), 0.05),
     "optimizer sharded": (Run(2, SMALL, {"data_shard": "optimizer"}, {}, "bf16"), 0.02),
-    "pipeline": (Run(2, SMALL, {"pipeline": 2}, {}, microbatches=4), 0.05),
-    "zero-bubble": (Run(2, SMALL, {"pipeline": 2, "schedule": "zero-bubble"}, {}, microbatches=4), 0.10),
+    "pipeline": (Run(2, SMALL, {"pipeline": 2}, {}, microbatches=4), 0.04),
+    "pipeline, many microbatches": (Run(2, SMALL, {"pipeline": 2}, {}, microbatches=24), 0.04),
+    "zero-bubble": (Run(2, SMALL, {"pipeline": 2, "schedule": "zero-bubble"}, {}, microbatches=16), 0.04),
+    "interleaved": (Run(2, SMALL, {"pipeline": 2, "schedule": "interleaved"}, {}, microbatches=16), 0.04),
+    "zbv": (Run(2, SMALL, {"pipeline": 2, "schedule": "zbv"}, {}, microbatches=16), 0.10),
 }
 
 

@@ -175,9 +175,6 @@ def test_settings_say_every_key_that_differs() -> None:
 # -- published layouts ------------------------------------------------------------------------------------------------
 
 MEGATRON = [row for row in ROWS if row.source == "Megatron-LM"]
-FITS_NOT = {"314B", "462B"}
-"""torch's pipeline keeps a buffer for every microbatch, and what it has sent, until the step's end: 25 and 31 GB here,
-which Megatron-LM's does not. Other layouts over as many GPUs fit."""
 
 
 def published(row: Row) -> tuple[Workload, Choice]:
@@ -195,7 +192,7 @@ def test_published_layouts_fit(row: Row) -> None:
     needed = needed_bytes(work, choice)
     print(f"{row.name:5} {needed / 1e9:6.1f} GB of {where.capacity / 1e9:.1f}")
     assert accepted(work, choice)
-    assert (needed > where.capacity) == (row.name in FITS_NOT)
+    assert needed <= where.capacity
     assert any(one == choice for one in choices(work, row.gpus, row.device.processes_per_node))
 
 
