@@ -12,6 +12,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# which tests: .ci/run takes those marked long, too
+TESTS ?= not soak and not gpu and not long
 # processes of pytest; each test's own math runs on one thread
 PYTEST_WORKERS ?= 2
 
@@ -64,7 +66,7 @@ demo: .venv
 	$(RUN) examples/demo/run.py $(DEMO_ARGS)
 
 test: .venv
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not soak and not gpu" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "$(TESTS)" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 soak: .venv
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)

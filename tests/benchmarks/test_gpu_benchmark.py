@@ -36,6 +36,7 @@ def run(repository: Path, *words: str, program: str = "", timeout: float = 60) -
     )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1600)
 def test_a_dry_run_walks_through_every_part(repository: Path, tmp_path: Path) -> None:
     # one test, so that one process of many that test runs it

@@ -26,7 +26,7 @@ from megatron.checkpoint.tensor_shards import whole_shards
 from megatron.config.errors import StorageError
 from megatron.metrics.sinks import JsonlSink, cut_after
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 RESUMED_AT = 18
 
 

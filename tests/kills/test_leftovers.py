@@ -22,7 +22,7 @@ from tiny_run import STEPS, make_run, train
 from megatron.checkpoint.storage import Storage
 from megatron.config.errors import StorageError
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
 def _killed_at(operation: str, words: str, _: int) -> None:

@@ -19,6 +19,8 @@ from kills.tally import Tally
 from rank_jobs import train_ranks
 from tiny_run import make_run
 
+pytestmark = pytest.mark.long
+
 ONE = Layout("one process", 1)
 DATA = Layout("dp2", 2)
 SHARD = Layout("full shard 2", 2, (("data_shard", "'full'"),))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from slurm.cluster import SlurmCluster, skip_without_slurm
 
+pytestmark = pytest.mark.long
+
 skip_without_slurm()
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from slurm.cluster import SlurmCluster, skip_without_slurm
 
+pytestmark = pytest.mark.long
+
 SCRIPT = "#!/bin/sh\n#SBATCH --nodes=2 --ntasks-per-node=2 --requeue\nsrun sh -c 'echo $SLURM_PROCID; sleep 300'\n"
 
 

@@ -17,6 +17,8 @@ import pytest
 from slurm.cluster import ENDED, SlurmCluster, skip_without_slurm
 from slurm.jobs import TEXT, TrainingJob, assert_close, assert_same, assert_whole, launch, submit_example, write_config
 
+pytestmark = pytest.mark.long
+
 NODES = 22
 LIMIT = 600
 """Seconds, for any wait of any scenario: a machine with other work is slow, and nothing is asserted of times."""

@@ -16,7 +16,7 @@ from trainer.stand_in import StandIn
 from megatron.commands.frame import run_command
 from megatron.commands.preprocess_data import main as preprocess_data
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 LIMIT = 240
 
 
