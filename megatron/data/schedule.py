@@ -176,7 +176,9 @@ def resolve_schedule(
         resolver = StageResolver(section, facts, shape, used, before, frozen, known)
         resolved = resolver.resolve(run_tokens)
         stages.append(_stage(resolver, resolved, stages[-1] if stages else None, fim or {}))
-        resolver.check_caps(stages[-1].source_tokens)
+        # What a finished stage took is past: where its length was edited, that is what a resume refuses.
+        if frozen is None or not frozen.finished:
+            resolver.check_caps(stages[-1].source_tokens)
         earlier[section.name] = resolved.reference()
         used = {name: tokens + stages[-1].source_tokens.get(name, 0) for name, tokens in used.items()}
     return Schedule(tuple(stages), run_tokens)

@@ -214,6 +214,15 @@ def test_M5_a_changed_past_is_refused_by_name(
     assert caught.value.exit_code == 5
 
 
+def test_M5_a_finished_stage_made_longer_is_a_changed_past_before_it_runs_dry(corpora: Path) -> None:
+    capped = sources_of(corpora, **{name: {"dry": "error"} for name in sources_of(corpora)})
+    ledger = begun(corpora, TWO, 56, sources=capped)
+    raised = {name: source | {"max_epochs": 10**6} for name, source in capped.items()}
+    for sources in (capped, raised):
+        with pytest.raises(ChangedPastError, match="finished with 40"):
+            resolve_run(config_of(corpora, edited({"samples": 40_000}), sources=sources), ledger=ledger)
+
+
 def test_M5_other_content_is_refused_and_another_place_is_not(corpora: Path, tmp_path: Path) -> None:
     ledger = begun(corpora, TWO, 56)
     write_corpus(tmp_path / "moved", SIZES["c"], seed=2)
