@@ -91,6 +91,11 @@ def open_board(who: Launched, start_seconds: int) -> Board:
             "and MASTER_PORT in the batch script (the first node's name and a free port), or start with torchrun"
         ) from None
     except DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise LostProcessError(
+                f"rank {who.rank} ({host_name()}) cannot listen at MASTER_PORT, which another program on this machine "
+                f"has: {_first_line(error)}. Export another, or start again where the batch script chooses one"
+            ) from None
         raise LostProcessError(
             f"rank {who.rank} ({host_name()}) found not all {who.world_size} processes within {start_seconds} seconds "
             f"(health.start_seconds): {_first_line(error)}. See that every one was started, that MASTER_ADDR is the "
