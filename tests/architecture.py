@@ -79,6 +79,7 @@ TORCH_FREE = (
             "launch_slurm_arguments",
             "launch_slurm_data",
             "launch_checks",
+            "launch_nodes",
             "launch_places",
             "study",
             "study_tables",

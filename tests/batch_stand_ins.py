@@ -71,8 +71,8 @@ class Batch:
         }
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self) -> Batch:
-        """Starts it and waits until srun runs."""
+    def start(self, sign: str = "started") -> Batch:
+        """Starts it and waits until srun runs, or until another file is in `seen`."""
         self._process = subprocess.Popen(
             ["bash", str(self.file)],
             env=self._environment,
@@ -82,9 +82,9 @@ class Batch:
             start_new_session=True,
         )
         limit = time.monotonic() + SECONDS
-        while not (self.seen / "started").exists():
+        while not (self.seen / sign).exists():
             assert self._process.poll() is None, self._process.communicate()[0]
-            assert time.monotonic() < limit, "srun was never called"
+            assert time.monotonic() < limit, f"{sign}: never came to be"
             time.sleep(0.01)
         return self
 

@@ -11,17 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from megatron.commands.launch_checks import CheckedRun, check_run
+from megatron.commands.launch_nodes import left_out
 from megatron.commands.launch_places import place_paths, sized, time_limit, written
 from megatron.commands.launch_slurm_arguments import parser, split
 from megatron.config.errors import EXIT_DONE, ConfigError
-from megatron.launch.bad_nodes import excluded_hosts
-from megatron.launch.slurm_control import ControlError, Controller, nodes_of_hosts
 from megatron.launch.slurm_options import SlurmOptions, options_from, read_site
 from megatron.launch.slurm_script import Head, Paths, Size
-from megatron.launch.slurm_submit import keep_script, next_script, require_sbatch, submit, trainer_of
+from megatron.launch.slurm_submit import (
+    keep_script,
+    next_script,
+    one_launch_at_a_time,
+    require_sbatch,
+    submit,
+    trainer_of,
+)
 from megatron.launch.slurm_words import ArraySpec, parse_array, time_words
 from megatron.launch.stop_lead import StopLead, stop_lead
 from megatron.launch.training_script import TrainingJob, training_script
+
+START_SECONDS = 60
+"""That a start of ranks is taken to need at least, from the batch script's first line to the first step."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     built = parser()
     args = built.parse_args(ours)
     site = read_site(args.site) if args.site else {}
+    # what the line says of GPUs counts more than the site's habit
+    if site.pop("cpu", False) and args.gpus_per_node is None:
+        args.cpu = True
     options = options_from(_given(args), site)
     said = f"stagemix launch_slurm {' '.join(map(shlex.quote, words))}"
     if command is not None:
@@ -75,33 +87,61 @@ def _launch_training(args: argparse.Namespace, options: SlurmOptions, said: str)
         from megatron.commands.launch_slurm_data import server_options
 
         server_options(first, args, options)  # refuses before anything is submitted
-    if not (args.chain or options.dependency or args.dry_run):
-        _refuse_second_trainer(runs, paths.folder)
     lead = StopLead(options.lead, "as --lead says") if options.lead else _lead(runs, size)
     if limit is not None and lead.seconds >= limit:
         raise ConfigError(
             f"--time {options.time}: the run is asked to stop {lead.seconds} s before the end ({lead.why}), and the "
             f"whole time is {time_words(limit)}: give more time (hours:minutes:seconds), or --lead SECONDS"
         )
-    script = next_script(paths.folder, "train")
-    chain = script.with_suffix(".chain") if args.chain else None
-    text = training_script(
-        _job(runs, args, options, lead, chain), _head(runs, args, options, size, lead, limit, said), options, paths
-    )
+    _check_margin(runs, options, limit)
+    avoided = left_out([run.output for run in runs.values()], options, size.nodes)
+    head = _head(runs, args, options, size, lead, limit, avoided.all, said)
     for note in dict.fromkeys(note for run in runs.values() for note in run.notes):
         print(f"note: {note}", file=sys.stderr, flush=True)
     if args.dry_run:
-        print(text, end="")
+        print(_text(next_script(paths.folder, "train"), runs, args, options, lead, head, paths), end="")
         if args.serve_evaluations:
             _serve(first, args, options, paths, "TRAINING_JOB", said)
         return EXIT_DONE
-    keep_script(script, text)
-    jobs = _submit_all(script, args.chain or 1, chain)
+    # a single run's own folder, whatever --folder says: that is what two launches of it have in common
+    with one_launch_at_a_time(_folder(runs)):
+        if not (args.chain or options.dependency):
+            _refuse_second_trainer(runs, paths.folder)
+        script = next_script(paths.folder, "train")
+        keep_script(script, _text(script, runs, args, options, lead, head, paths))
+        jobs = _submit_all(script, args.chain or 1, _chain(script, args), avoided.remedy)
     _tell(script, jobs, runs, size, limit, lead)
     _tell_switches(jobs, runs, args, options)
     if args.serve_evaluations:
         _serve(first, args, options, paths, jobs[0], said)
     return EXIT_DONE
+
+
+def _chain(script: Path, args: argparse.Namespace) -> Path | None:
+    return script.with_suffix(".chain") if args.chain else None
+
+
+def _text(
+    script: Path,
+    runs: Mapping[int | None, CheckedRun],
+    args: argparse.Namespace,
+    options: SlurmOptions,
+    lead: StopLead,
+    head: Head,
+    paths: Paths,
+) -> str:
+    return training_script(_job(runs, args, options, lead, _chain(script, args)), head, options, paths)
+
+
+def _check_margin(runs: Mapping[int | None, CheckedRun], options: SlurmOptions, limit: int | None) -> None:
+    """Raises ConfigError where so little time is given that no step could ever begin."""
+    margin = max(run.config.health.end_margin_seconds for run in runs.values())
+    if limit is not None and limit <= margin + START_SECONDS:
+        raise ConfigError(
+            f"--time {options.time}: {limit} s in all, of which the run keeps the last {margin} s free "
+            f"(health.end_margin_seconds), and its start takes {START_SECONDS} s or more: it would stop before its "
+            f"first step, again and again: give more time, or lower health.end_margin_seconds"
+        )
 
 
 def _check_together(args: argparse.Namespace, options: SlurmOptions) -> None:
@@ -134,7 +174,13 @@ def _runs(args: argparse.Namespace, options: SlurmOptions, size: Size) -> dict[i
     """Every run of the job, checked; of a job that is no array under None."""
     processes = size.nodes * size.ranks
     if args.configs is None and options.array is None:
-        return {None: check_run(args.config, args.overrides, processes, args.dry_run)}
+        run = check_run(args.config, args.overrides, processes, args.dry_run)
+        if "{task}" in str(run.output):
+            raise ConfigError(
+                f"run.output = {str(run.output)!r}: {{task}} is the number of an array's task, and this job is no "
+                "array: add --array 0-N or --configs FILE, or leave {task} out"
+            )
+        return {None: run}
     configs = _listed(args.configs) if args.configs is not None else None
     spec = parse_array(options.array) if options.array else ArraySpec(tuple(range(len(configs or ()))))
     runs: dict[int | None, CheckedRun] = {}
@@ -214,6 +260,7 @@ def _head(
     size: Size,
     lead: StopLead,
     limit: int | None,
+    excluded: Sequence[str],
     said: str,
 ) -> Head:
     first = next(iter(runs.values()))
@@ -237,33 +284,18 @@ def _head(
         requeue=options.requeue is not False and not args.chain,
         signal=signal,
         array=array,
-        excluded=_excluded(runs, options),
+        excluded=excluded,
     )
 
 
-def _excluded(runs: Mapping[int | None, CheckedRun], options: SlurmOptions) -> list[str]:
-    """Nodes that failed before, by SLURM's names, with those of --exclude; [] where none failed."""
-    hosts = sorted({host for run in runs.values() for host in excluded_hosts(run.output)})
-    if not hosts:
-        return []
-    try:
-        names, unknown = nodes_of_hosts(hosts, Controller("").usable_nodes(()))
-    except ControlError:
-        names, unknown = [host.partition(".")[0] for host in hosts], []
-    for host in unknown:
-        print(f"note: {host} failed before, and SLURM has no node of that name: not excluded", file=sys.stderr)
-    users = options.exclude.split(",") if options.exclude else []
-    return [*users, *(name for name in names if name not in users)] if names else []
-
-
-def _submit_all(script: Path, count: int, chain: Path | None) -> list[str]:
+def _submit_all(script: Path, count: int, chain: Path | None, hint: str) -> list[str]:
     """Submits the script so often, each job after those before it; their ids."""
     jobs: list[str] = []
     for _ in range(count):
         # afternotok: where a job ends with 0 the run is complete, and SLURM drops those that wait for it to fail. Each
         # waits for all before it: one that is dropped counts as failed, and the next would begin
         after = ["--kill-on-invalid-dep=yes", f"--dependency=afternotok:{':'.join(jobs)}"] if jobs else []
-        jobs.append(submit(script, after))
+        jobs.append(submit(script, after, hint))
         if chain is not None:
             chain.write_text("\n".join(jobs) + "\n", encoding="utf-8")
     return jobs

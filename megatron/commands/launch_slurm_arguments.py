@@ -46,7 +46,8 @@ Other commands as jobs, after --:
       a task for each item; so `evaluate`, whose --output needs {name} then
 
 exit codes: 0 submitted, or shown; 2 options, config or layout that cannot be carried out, sbatch's refusal, or a job
-that trains there already; 3 data; 5 the config changes the past; 6 no sbatch here"""
+that trains there already; 3 data; 5 the config changes the past; 6 no sbatch here; 74 the
+folder of the scripts cannot be written"""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import EXIT_DONE, ConfigError
-from megatron.launch.attempts import Attempt, read_attempts, read_exit
+from megatron.launch.attempts import Attempt, read_attempts, read_exit, reason_words
 from megatron.launch.bad_nodes import (
     BAD_NODES,
     DAYS,
@@ -25,7 +25,7 @@ from megatron.launch.bad_nodes import (
 )
 from megatron.launch.hardware_errors import hardware_error_in
 from megatron.launch.requeue_decision import CAUSES, Decision, Ended, blamed, decide
-from megatron.launch.requeue_facts import how_it_ended, newest_step, obstacle, past_of, write_requeue
+from megatron.launch.requeue_facts import how_it_ended, newest_step, obstacle, past_of, trains_now, write_requeue
 from megatron.launch.slurm_control import (
     ControlError,
     Controller,
@@ -55,7 +55,8 @@ examples:
   stagemix requeue runs/mine --dry-run                 # what would be done, and why
   stagemix requeue runs/mine --forgive gpu-a017        # it was repaired
 
-exit codes: 0 requeued, or the run is complete; else that of the run (docs/exit-codes.md); 2 a wrong command line"""
+exit codes: 0 requeued, or the run is complete; else that of the run (docs/exit-codes.md); 2 a wrong command line,
+or the run trains at this moment"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,6 +125,11 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"{args.output}: holds no record of an attempt (attempts.jsonl, exit.json), and --code is not given: name "
             "the folder that run.output names, or give the exit code that the launcher ended with"
+        )
+    if trains := trains_now(args.output, attempts, record, job, args.code, time.time()):
+        raise ConfigError(
+            f"{args.output}: {trains}: nothing is decided while a run trains: call it when the run has ended, at the "
+            "end of its own batch script"
         )
     ended, attempt = how_it_ended(attempts, record, job, args.code)
     past = past_of(attempts, job, newest_step(args.output))
@@ -216,7 +222,7 @@ def _count_suspects(case: _Case, args: argparse.Namespace) -> None:
         return
     said = hardware_error_in(case.ended.reason)
     what = said.what if said else CAUSES[case.decision.cause].what
-    reason = f"{what}: {' '.join(case.ended.reason.split())[:200]}"
+    reason = f"{what}: {reason_words(case.ended.reason, 200)}"
     at_once = said is not None and said.at_once
     for host in hosts:
         failure = NodeFailure(now, case.attempt.number, case.ended.code or 0, reason, at_once)

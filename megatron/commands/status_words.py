@@ -11,10 +11,11 @@ from rich.console import Console
 from megatron.commands.tables import clipped, new_table
 from megatron.config.quantities import format_count
 from megatron.data.ledger_events import event_words
+from megatron.launch.attempts import reason_words
 
 _BAR = 30
 _SHOWN_ATTEMPTS = 12
-_WORDS = {"waiting": "waiting for its requeue", "unknown": "not known to run"}
+_WORDS = {"waiting": "waiting for its job to start again", "unknown": "not known to run"}
 _ASIDE = {"checkpoint": "saves", "validation": "validation", "evaluation": "evaluation", "roll_back": "roll-backs"}
 
 
@@ -46,7 +47,7 @@ def status_line(status: Mapping[str, Any]) -> list[str]:
     progress, speed, wall = status["progress"], status["speed"], status["wall_time"]
     left = progress["seconds_left"]
     return [
-        clipped(status["name"], 32),
+        clipped(status["name"], 24),
         status["state"] + (f" {status['code']}" if status["code"] else ""),
         progress["training_stage"] or "–",
         f"{progress['step']:,}" + (f" of {progress['steps']:,}" if progress["steps"] else ""),
@@ -65,18 +66,28 @@ LINE_COLUMNS = ("run", "state", "stage", "step", "done", "tokens/s", "loss", "le
 def state_words(status: Mapping[str, Any]) -> str:
     """What it does, since when, where; or how it ended."""
     state, now = status["state"], status["now"]
+    if state == "submitted":
+        at = f"{clock(status['since'])} ({span(now - status['since'])} ago)"
+        return f"submitted: job {status['job']['id']} was submitted at {at} and has not begun" + (
+            f"; {status['reason']}" if status["reason"] else ""
+        )
     words = f"{_WORDS.get(state, state)} since {clock(status['since'])} ({span(now - status['since'])})"
     if status["live"]:
         words += _place(status)
         if status["phase"] and status["phase_since"]:
             words += f"; {status['phase']} for {span(now - status['phase_since'])}"
-        return words
+        return words + _job_end(status)
     if state == "silent":
         heard = f"not heard of for {span(now - status['last_sign'])}"
         return f"silent: {heard}{_place(status)}: {status['reason']}: killed, or its machine hangs"
     code = f", exit code {status['code']}" if status["code"] else ""
-    reason = " ".join(status["reason"].split())
-    return f"{words}{code}" + (f": {clipped(reason, 400)}" if reason and state != "complete" else "")
+    reason = reason_words(status["reason"], 400)
+    return f"{words}{code}" + (f": {reason}" if reason and state != "complete" else "") + _job_end(status)
+
+
+def _job_end(status: Mapping[str, Any]) -> str:
+    ends = status["job_ends"]
+    return f"; the job's time is over in {span(ends - status['now'])}, at {clock(ends)}" if ends else ""
 
 
 def span(seconds: float) -> str:
@@ -248,7 +259,7 @@ def _show_attempts(status: Mapping[str, Any], console: Console) -> None:
         steps = "" if row["from_step"] is None else f"{row['from_step']:,} – {_or(row['to_step'], '?')}"
         took = span(row["end_time"] - row["time"]) if row["end_time"] else ""
         code = "" if row["code"] is None else f"{row['code']}: "
-        ended = clipped(code + " ".join(row["reason"].split()), 50)
+        ended = code + reason_words(row["reason"], 50 - len(code))
         table.add_row(f"{row['attempt']}", clock(row["time"]), steps, _or(row["lost_steps"], ""), took, ended)
     console.print(table)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -138,6 +139,7 @@ class Attempt:
 
 
 _EVENTS: dict[str, type[Launch] | type[Start] | type[End]] = {"launch": Launch, "start": Start, "end": End}
+_CLASS = re.compile(r"^[A-Z]\w+(Error|Requested): ")
 R = TypeVar("R")
 
 
@@ -183,6 +185,16 @@ def append_event(output: Path, told: Launch | Start | End) -> None:
 def exit_words(end: End) -> str:
     """The content of exit.json."""
     return json.dumps(_plain(end), indent=1) + "\n"
+
+
+def reason_words(reason: str, most: int) -> str:
+    """A reason for people: on one line, without the name of an error's class before it; beyond `most` characters it is
+    cut at the end of a word."""
+    words = _CLASS.sub("", " ".join(reason.split()))
+    if len(words) <= most:
+        return words
+    whole = words[:most].rpartition(" ")[0] if words[most - 1] != " " else words[: most - 1]
+    return (whole or words[: most - 1]).rstrip(" ,;:") + "…"
 
 
 def write_heartbeat(output: Path, beat: Heartbeat) -> None:

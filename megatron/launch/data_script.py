@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.launch.slurm_options import SlurmOptions
-from megatron.launch.slurm_script import Head, Paths, environment_lines, head_lines, record_lines, step_lines
+from megatron.launch.slurm_script import (
+    Head,
+    Paths,
+    environment_lines,
+    head_lines,
+    record_lines,
+    signal_lines,
+    step_lines,
+)
 from megatron.launch.slurm_words import TASK, with_values
 from megatron.launch.training_script import launch_lines, program_words
 
@@ -38,7 +46,8 @@ class DataJob:
 
 def data_script(job: DataJob, head: Head, options: SlurmOptions, paths: Paths) -> str:
     """The whole file. Raises ConfigError for values that no #SBATCH line can hold."""
-    lines = [*head_lines(head, options, paths), *environment_lines(options, paths, head.size)]
+    lines = [*head_lines(head, options, paths), *signal_lines()]
+    lines += environment_lines(options, paths, head.size)
     lines += record_lines(options, paths)
     values = {}
     if job.items:
@@ -61,14 +70,17 @@ def serve_script(
     run: Path, arguments: Sequence[str], training_job: str, head: Head, options: SlurmOptions, paths: Paths
 ) -> str:
     """The side job that evaluates the checkpoints of the run that `training_job` trains, until the run is complete."""
-    lines = [*head_lines(head, options, paths), *environment_lines(options, paths, head.size)]
+    lines = [*head_lines(head, options, paths), *signal_lines()]
+    lines += environment_lines(options, paths, head.size)
     lines += record_lines(options, paths)
     words = [program_words(options, paths), "evaluate", "--serve", '"$output"', *map(shlex.quote, arguments)]
     lines += [
         "",
         f"output={shlex.quote(str(run))}",
         "# the run's folder is there once training has begun",
-        f'for _ in {{1..{WAIT_MINUTES * 12}}}; do [ -e "$output/config.toml" ] && break; sleep 5; done',
+        f"for _ in {{1..{WAIT_MINUTES * 12}}}; do",
+        '    if [ -e "$output/config.toml" ] || [ "$heard" ]; then break; fi; sleep 5',
+        "done",
     ]
     lines += step_lines([*launch_lines(options, head.size, paths, 0), f"    {' '.join(words)} &"])
     lines += [

@@ -25,7 +25,7 @@ from megatron.config.errors import (
     EXIT_USAGE,
     EXIT_WATCHDOG,
 )
-from megatron.launch.attempts import STOP_NOW
+from megatron.launch.attempts import STOP_NOW, reason_words
 from megatron.launch.hardware_errors import hardware_error_in
 
 STOPS_WITHOUT_PROGRESS = 10
@@ -67,7 +67,7 @@ CAUSES: dict[str, Cause] = {
     "disk full": Cause("the disk is full, or a limit on size is reached", "no", "free some space, then submit again"),
     "disk failing": Cause("a disk or its network failed", "limited", "have the file system looked at", True),
     "storage": Cause("files could not be read or written", "no", "mend what the message names, then submit again"),
-    "asked to stop": Cause("it was asked to stop, and saved", "yes", "submit again with more time (--time)"),
+    "asked to stop": Cause("it was asked to stop", "yes", "submit again with more time (--time)"),
     "stop-now": Cause("a user asked it to stop (OUTPUT/stop-now)", "no", "submit again to go on"),
     "interrupted": Cause("a user interrupted it", "no", "submit again to go on"),
     "pipe": Cause("the reader of its output went away", "no", "write its output to a file, then submit again"),
@@ -211,7 +211,10 @@ def decide(ended: Ended, past: Past, without_progress: int = 3, max_requeues: in
     """
     cause = cause_of(ended)
     about = CAUSES[cause]
-    said = about.what if cause == "complete" else _said(ended, about.what)
+    at = past.positions[-1] if past.positions else None
+    saved = cause == "asked to stop" and at is not None and past.newest > at
+    what = f"{about.what}, and saved" if saved else about.what
+    said = what if cause == "complete" else _said(ended, what)
     code = EXIT_BUG if ended.code is None else ended.code
     if cause == "killed" and code == EXIT_DONE:
         code = EXIT_LOST_PROCESS  # a launcher that says 0 of a job that was lost must not be believed
@@ -242,8 +245,8 @@ def _attempts(count: int) -> str:
 
 def _said(ended: Ended, what: str) -> str:
     code = "no exit code is known" if ended.code is None else f"exit code {ended.code}{_signal_words(ended.code)}"
-    reason = " ".join(ended.reason.split())
-    return f"{what} ({code})" + (f": {reason[:300]}" if reason else "")
+    reason = reason_words(ended.reason, 300)
+    return f"{what} ({code})" + (f": {reason}" if reason else "")
 
 
 def _signal_words(code: int) -> str:

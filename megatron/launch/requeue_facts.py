@@ -4,17 +4,20 @@ requeue.json, the last decision, in OUTPUT."""
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.config.durable_files import write_whole
 from megatron.config.errors import EXIT_REQUEUE
-from megatron.launch.attempts import Attempt, End
+from megatron.launch.attempts import Attempt, End, read_heartbeat
 from megatron.launch.requeue_decision import Ended, Past
-from megatron.launch.slurm_control import JobFacts
+from megatron.launch.run_state import state_of
+from megatron.launch.slurm_control import JobFacts, job_name
 
 REQUEUE = "requeue.json"
+_BEAT_SECONDS = 10.0
 _NEAR_THE_END = 5.0
 """Seconds. SLURM looks at time limits now and then, and so ends a job at its limit or later; clocks are rounded."""
 
@@ -36,6 +39,41 @@ def how_it_ended(
     if end is None:
         return Ended(code, claimed=mine is not None), mine
     return Ended(end.code, end.reason, True, True, end.host or "", tuple(end.suspects)), mine
+
+
+def trains_now(
+    output: Path, attempts: Sequence[Attempt], record: End | None, job: Mapping[str, Any], code: int | None, now: float
+) -> str:
+    """Words on what trains in the folder at this moment; "" where nothing does.
+
+    In the batch script of the very job that was heard of, the step has ended, and so it has outside SLURM where the
+    launcher's code is known: a fresh heartbeat is then the last one of a process that was killed.
+    """
+    beat = read_heartbeat(output)
+    if beat is None:
+        return ""
+    state = state_of(attempts, record, beat, {}, None, now, _heartbeat_seconds(output))
+    heard = bool(attempts) and beat.attempt == attempts[-1].number
+    if not state.live or not heard:
+        return ""
+    theirs = beat.job or state.job
+    if (job or code is not None) and theirs.get("id") == job.get("id"):
+        return ""
+    where = f" on {beat.host or ', '.join(state.hosts)}" if beat.host or state.hosts else ""
+    of = f" in job {job_name(theirs)}" if "id" in theirs else ""
+    return f"attempt {beat.attempt} trains{where}{of}: its heartbeat is {max(0.0, now - beat.time):.0f} s old"
+
+
+def _heartbeat_seconds(output: Path) -> float:
+    """health.heartbeat_seconds of the run's config; the default where it cannot be read."""
+    try:
+        health = tomllib.loads((output / "config.toml").read_text(encoding="utf-8")).get("health", {})
+    except (OSError, ValueError):
+        return _BEAT_SECONDS
+    seconds = health.get("heartbeat_seconds") if isinstance(health, dict) else None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
+        return _BEAT_SECONDS
+    return float(seconds)
 
 
 def past_of(attempts: Sequence[Attempt], job: Mapping[str, Any], newest: int) -> Past:

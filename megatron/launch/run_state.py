@@ -10,11 +10,12 @@ from megatron.config.errors import EXIT_DONE, EXIT_REQUEUE
 from megatron.launch.attempts import Attempt, End, Heartbeat
 
 STATES = {
+    "submitted": "its job was submitted, and no attempt has begun",
     "running": "a process trains, and was heard of a moment ago",
     "starting": "a process was launched and has not begun its first step",
     "silent": "a process was started, left no record of its end, and is not heard of: killed, or its machine hangs",
     "waiting": "it ended, and its job was put back in the queue",
-    "stopped": "it was asked to stop, and saved",
+    "stopped": "it was asked to stop",
     "failed": "it ended with an error",
     "complete": "all steps are done",
     "unknown": "a folder of an older version, without records of starts",
@@ -26,7 +27,8 @@ times, and clocks of hosts differ."""
 
 @dataclass(frozen=True)
 class RunState:
-    """state: a key of STATES. since: unix seconds. last_sign: when it was last heard of. live: it may still write."""
+    """state: a key of STATES. since: unix seconds. last_sign: when it was last heard of. live: it may still write.
+    job_ends: when the time of its job is over, in unix seconds; None where nobody says so."""
 
     state: str
     since: float
@@ -40,6 +42,7 @@ class RunState:
     job: Mapping[str, Any] = field(default_factory=dict)
     phase: str = ""
     phase_since: float | None = None
+    job_ends: float | None = None
 
 
 def state_of(
@@ -50,11 +53,12 @@ def state_of(
     modified: float | None,
     now: float,
     interval: float = 10.0,
+    submitted: Mapping[str, Any] | None = None,
 ) -> RunState:
     """The state of a run.
 
     record: exit.json. beat: heartbeat.json. requeue: requeue.json. modified: when metrics.jsonl was last written.
-    interval: seconds between two heartbeats.
+    interval: seconds between two heartbeats. submitted: "time" and "job" of the last submission; {} or None: unknown.
     """
     last = attempts[-1] if attempts else None
     number = last.number if last else 0
@@ -64,6 +68,8 @@ def state_of(
     decided = requeue if last is not None and requeue.get("attempt") == number else {}
     if end is not None:
         return _ended(end, last, decided)
+    if last is None and beat is None and modified is None and (submitted or requeue):
+        return _not_begun(submitted or {}, requeue)
     patience = max(_LEAST_SECONDS, _BEATS * interval)
     signs = [time for time in (beat.time if beat else None, last.began if last else None) if time is not None]
     if last is None or beat is None:
@@ -85,6 +91,27 @@ def state_of(
     if last is None:
         return RunState("unknown", sign, reason="no record of starts and ends", **known)
     return RunState("silent", sign, reason=_silence(beat, last), **known)
+
+
+def _not_begun(submitted: Mapping[str, Any], requeue: Mapping[str, Any]) -> RunState:
+    """Of a folder that no attempt has opened: what its batch script said, or that a job was submitted."""
+    decided, sent = _seconds(requeue.get("time")), _seconds(submitted.get("time"))
+    if not requeue or sent > decided:
+        return RunState("submitted", sent, sent, job={"id": str(submitted.get("job", "?"))}, processes=0)
+    job = requeue.get("job")
+    code = requeue.get("code")
+    return RunState(
+        "waiting" if requeue.get("requeue") else "failed",
+        decided,
+        decided,
+        code=code if isinstance(code, int) and not requeue.get("requeue") else None,
+        reason=str(requeue.get("why", "")),
+        job=job if isinstance(job, dict) else {},
+    )
+
+
+def _seconds(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _ended(end: End, last: Attempt | None, decided: Mapping[str, Any]) -> RunState:

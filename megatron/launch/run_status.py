@@ -28,14 +28,20 @@ from megatron.launch.attempts import (
     read_heartbeat,
 )
 from megatron.launch.bad_nodes import BAD_NODES, excluded_hosts
-from megatron.launch.requeue_facts import read_requeue
+from megatron.launch.requeue_facts import REQUEUE, read_requeue
 from megatron.launch.run_checkpoints import SeenCheckpoint, newest_checkpoints
+from megatron.launch.run_queue import Queue, with_queue
 from megatron.launch.run_state import RunState, state_of
+from megatron.launch.slurm_submit import JOBS, last_submission
 from megatron.launch.wall_time import StepTime, wall_time
 from megatron.metrics.row_tail import ASIDE, Pace, RowTail, pace_of, read_tail, seconds_in, without_repeats
 
 _METRICS, _DISCARDED, _CONFIG = "metrics.jsonl", "metrics.discarded.jsonl", "config.toml"
-_MARKS = (ATTEMPTS, HEARTBEAT, EXIT, _METRICS, "checkpoints")
+_MARKS = (ATTEMPTS, HEARTBEAT, EXIT, _METRICS, "checkpoints", REQUEUE, f"slurm/{JOBS}")
+
+
+class NoRun(ConfigError):
+    """A folder that holds nothing of a run."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,12 @@ class _Seen:
         return _number(self.config, "checkpoint", "every") or 1000
 
 
-def run_status(output: Path, now: float | None = None) -> dict[str, Any]:
-    """The status of the run in a folder. Raises ConfigError for a folder that holds none."""
-    seen = _read(output, time.time() if now is None else now)
+def run_status(output: Path, now: float | None = None, queue: Queue | None = None) -> dict[str, Any]:
+    """The status of the run in a folder. queue: to ask about its job; None: nobody is asked.
+
+    Raises NoRun for a folder that holds none, ConfigError for what is no run's folder.
+    """
+    seen = _read(output, time.time() if now is None else now, queue)
     save_seconds = seen.beat.save_seconds if seen.beat else None
     pace = pace_of(seen.tail.steps, seen.every, save_seconds)
     progress = _progress(seen, pace)
@@ -99,7 +108,7 @@ def run_status(output: Path, now: float | None = None) -> dict[str, Any]:
     }
 
 
-def _read(output: Path, now: float) -> _Seen:
+def _read(output: Path, now: float, queue: Queue | None) -> _Seen:
     _check_folder(output)
     notes: list[str] = []
     config = _config(output / _CONFIG, notes)
@@ -119,7 +128,11 @@ def _read(output: Path, now: float) -> _Seen:
             f"{_DISCARDED}: its first {discarded.unread} bytes were not read: steps redone are counted without"
         )
     interval = _number(config, "health", "heartbeat_seconds") or 10
-    state = state_of(attempts, read_exit(output), beat, read_requeue(output), tail.modified, now, interval)
+    sent = last_submission(output / "slurm")
+    decision = read_requeue(output)
+    state = state_of(attempts, read_exit(output), beat, decision, tail.modified, now, interval, sent)
+    if queue is not None:
+        state = with_queue(state, queue, decision.get("attempt") == state.attempt)
     return _Seen(output, now, config, attempts, beat, state, checkpoints, count, tail, discarded, notes)
 
 
@@ -135,9 +148,7 @@ def _check_folder(output: Path) -> None:
         return
     if (output / "manifest.json").exists() and output.parent.name == "checkpoints":
         raise ConfigError(f"{output}: is a checkpoint: name the run's folder, {output.parent.parent}")
-    raise ConfigError(
-        f"{output}: holds no run: none of {', '.join(_MARKS)} is there: name the folder that run.output says"
-    )
+    raise NoRun(f"{output}: holds no run: none of {', '.join(_MARKS)} is there: name the folder that run.output says")
 
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -351,8 +362,14 @@ def _wall_time(seen: _Seen) -> Any:
         if (key := f"{name}_seconds")
     }
     exact = not seen.tail.unread and not seen.discarded.unread and not first
-    until = seen.now if seen.state.live or seen.state.state == "waiting" else seen.state.last_sign
-    return wall_time(seen.attempts, until, seen.state.last_sign, StepTime(kept, lost, aside, exact))
+    sign = seen.state.last_sign
+    if seen.state.live and (start := seen.attempts[-1].start):
+        # what goes on since the newest row is of no kind yet, and would make goodput swing with heartbeats
+        sign = min(seen.now, max(start.time, seen.tail.modified or 0.0))
+    elif seen.state.live:
+        sign = seen.now  # all of it is start-up so far
+    until = seen.now if seen.state.state == "waiting" else sign
+    return wall_time(seen.attempts, until, sign, StepTime(kept, lost, aside, exact))
 
 
 def _skipped(seen: _Seen) -> int:

@@ -144,20 +144,25 @@ def options_from(given: Mapping[str, Any], site: Mapping[str, Any]) -> SlurmOpti
 
 
 def read_site(path: Path) -> dict[str, Any]:
-    """A cluster's defaults from a TOML file: the options' names with underscores. Raises ConfigError."""
+    """A cluster's defaults from a TOML file: the options' names with underscores, and cpu. Raises ConfigError."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--site {path}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--site {path}: cannot be read as TOML: {error}") from None
-    known = {one.name: one.metadata for one in option_fields()}
+    known: dict[str, Mapping[str, Any]] = {one.name: one.metadata for one in option_fields()}
+    known["cpu"] = {"kind": "switch", "help": "no GPUs: processes of tasks_per_node, by gloo", "choices": ()}
     for key, value in tables.items():
         if key not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             raise ConfigError(f"{path}: unknown key {key!r}: {hint}")
         tables[key] = _site_value(path, key, value, known[key])
+    if tables.get("cpu") and tables.get("gpus_per_node"):
+        raise ConfigError(
+            f"{path}: cpu = true and gpus_per_node = {tables['gpus_per_node']} contradict each other: leave one out"
+        )
     return tables
 
 

@@ -202,8 +202,22 @@ def record_lines(options: SlurmOptions, paths: Paths) -> list[str]:
     return lines
 
 
+def signal_lines() -> list[str]:
+    """Handlers of signals, for the very beginning: what is heard before the step runs is remembered in `heard`."""
+    return [
+        "",
+        "# SIGUSR1, shortly before the time is over or from `scancel --batch --signal=USR1 JOB`, comes to this script",
+        "# alone; srun gives it to every rank once. SIGTERM SLURM sends to the ranks itself: handed on, it would make",
+        "# srun kill them; unhandled, it would end this script before they have saved. Set before all that takes time",
+        "step= heard= asked=",
+        'trap \'heard=USR1; if [ "$step" ]; then kill -USR1 "$step"; asked=1; fi\' USR1',
+        "trap 'heard=TERM' TERM",
+    ]
+
+
 def step_lines(command: Sequence[str]) -> list[str]:
-    """Starts the step and waits for it; signals reach its processes once. Afterwards `code` is its exit code.
+    """Starts the step and waits for it; signals reach its processes once. Afterwards `code` is its exit code; 75 where
+    a signal came before it began, or it died of the request to stop. `signal_lines` stand at the script's beginning.
 
     What SLURM 22.05 does, tried: of `B:USR1@…` and of `scancel --batch --signal=USR1` this script alone hears. srun
     hands SIGUSR1 on to every process of the step, once. `scancel JOB`, the time limit and `scontrol requeue` send
@@ -211,18 +225,22 @@ def step_lines(command: Sequence[str]) -> list[str]:
     """
     return [
         "",
-        "# SIGUSR1, shortly before the time is over or from `scancel --batch --signal=USR1 JOB`, comes to this script",
-        "# alone; srun gives it to every rank once. SIGTERM SLURM sends to the ranks itself: handed on, it would make",
-        "# srun kill them; unhandled, it would end this script before they have saved",
-        "step= heard=",
-        "trap 'heard=USR1; ${step:+kill -USR1 $step}' USR1",
-        "trap 'heard=TERM' TERM",
-        *command,
-        "step=$!",
-        "# wait returns at each signal, with more than 128; once the step has ended, it gives its exit code",
-        'while wait "$step"; code=$?; kill -0 "$step" 2> /dev/null; do :; done',
-        'if [ "$code" -gt 128 ]; then wait "$step"; code=$?; fi',
-        'echo "the step ended with $code${heard:+ after SIG$heard}"',
+        'if [ "$heard" ]; then',
+        '    echo "SIG$heard came before the step was started: it is not started"',
+        "    code=75",
+        "else",
+        *(f"    {line}" for line in command),
+        "    step=$!",
+        "    # a request that came while it was being started",
+        '    if [ "$heard" = USR1 ] && [ -z "$asked" ]; then kill -USR1 "$step"; fi',
+        "    # wait returns at each signal, with more than 128; once the step has ended, it gives its exit code",
+        '    while wait "$step"; code=$?; kill -0 "$step" 2> /dev/null; do :; done',
+        '    if [ "$code" -gt 128 ]; then wait "$step"; code=$?; fi',
+        '    echo "the step ended with $code${heard:+ after SIG$heard}"',
+        "    # 128 + SIGUSR1 or SIGUSR2: processes that did not listen yet died of the request to stop. They had begun",
+        "    # nothing that was to be saved, so it is a stop and no failure; a record that the run left counts more",
+        '    if [ "$heard" = USR1 ] && { [ "$code" = 138 ] || [ "$code" = 140 ]; }; then code=75; fi',
+        "fi",
     ]
 
 

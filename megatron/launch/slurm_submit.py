@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.config.durable_files import write_whole
-from megatron.config.errors import ConfigError, UnavailableError
+from megatron.config.errors import ConfigError, StorageError, UnavailableError
 from megatron.launch.attempts import read_attempts, read_exit, read_heartbeat
 
 JOBS = "jobs.jsonl"
 """In the folder of the scripts: a line a submission, {"time", "file", "job"}."""
+LOCK = ".lock"
+"""In the same folder: held while a launch looks whether something trains there, and submits."""
 SECONDS = 120
 _NUMBERED = re.compile(r"(\d{4,})-.*\.sbatch$")
 
@@ -30,10 +34,46 @@ def next_script(folder: Path, kind: str) -> Path:
 
 
 def keep_script(path: Path, text: str) -> None:
-    """Writes it, and its folder where that is not there. OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.encode())
-    path.chmod(0o755)
+    """Writes it, and its folder where that is not there. Raises StorageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+        path.chmod(0o755)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+@contextlib.contextmanager
+def one_launch_at_a_time(folder: Path) -> Iterator[None]:
+    """Within it, no other launch looks whether something trains, or submits, from the same folder; waits for one that
+    does. The folder is made where it is not there. Raises StorageError."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"note: another launch holds {path}: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            print(
+                f"note: {path}: the file system gives no locks ({error.strerror}): see to it yourself that nobody "
+                "launches the same run at this moment",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield
+
+
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path}: the batch script's folder cannot be made or written: {error.strerror or error}: name another "
+        "place (--set run.output=…, or --folder), or mend this one"
+    )
 
 
 def require_sbatch() -> None:
@@ -45,8 +85,9 @@ def require_sbatch() -> None:
         )
 
 
-def submit(path: Path, options: Sequence[str] = ()) -> str:
-    """Hands a script to sbatch; the job's id. options: of sbatch, besides those in the file.
+def submit(path: Path, options: Sequence[str] = (), hint: str = "") -> str:
+    """Hands a script to sbatch; the job's id. options: of sbatch, besides those in the file. hint: what is said besides
+    where it refuses.
 
     Raises ConfigError with sbatch's own words where it refuses; the file stays.
     """
@@ -63,7 +104,8 @@ def submit(path: Path, options: Sequence[str] = ()) -> str:
     if done.returncode:
         raise ConfigError(
             f"sbatch refused {path}: {said or f'exit code {done.returncode}'}\n"
-            "The file stays: correct the options and launch again, or correct the file and submit it by hand"
+            + (f"{hint}\n" if hint else "")
+            + "The file stays: correct the options and launch again, or correct the file and submit it by hand"
         )
     if done.stderr.strip():
         print(done.stderr.strip(), flush=True)
@@ -88,6 +130,17 @@ def submitted_jobs(folder: Path) -> list[str]:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 found.append(str(json.loads(line)["job"]))
     return found
+
+
+def last_submission(folder: Path) -> dict[str, Any]:
+    """The last line of the folder's jobs.jsonl that can be read, {"time", "file", "job"}; {} where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in reversed((folder / JOBS).read_text(encoding="utf-8").splitlines()):
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and "job" in record:
+                    return record
+    return {}
 
 
 def alive(jobs: Iterable[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from megatron.launch.slurm_script import (
     meeting_lines,
     record_lines,
     shell_words,
+    signal_lines,
     step_lines,
 )
 from megatron.launch.slurm_words import TASK, with_values
@@ -45,7 +46,7 @@ def training_script(job: TrainingJob, head: Head, options: SlurmOptions, paths: 
     """The whole file. Raises ConfigError for values that no #SBATCH line can hold."""
     size = head.size
     several = size.nodes * size.ranks > 1
-    lines = head_lines(head, options, paths)
+    lines = [*head_lines(head, options, paths), *signal_lines()]
     lines += environment_lines(options, paths, size)
     if several:
         lines += meeting_lines()

@@ -46,8 +46,9 @@ class WallTime:
 
 
 def wall_time(attempts: Sequence[Attempt], until: float, last_sign: float, steps: StepTime) -> WallTime | None:
-    """The time from the first start until `until`. last_sign: when the last attempt ended, or was last heard of; unix
-    seconds. None where no start is on record."""
+    """The time from the first start until `until`. last_sign: when the last attempt ended, or was last heard of; of
+    one that lives, when its newest row was written, or its first step began; unix seconds. None where no start is on
+    record."""
     if not attempts:
         return None
     start = between = loop = unknown = 0.0

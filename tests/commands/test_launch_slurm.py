@@ -178,6 +178,26 @@ def test_a_run_that_trains_is_not_started_twice(
     assert run_command(main, on_cpus(config, out)) == 0
 
 
+def test_of_two_launches_at_once_one_submits(config: Path, tmp_path: Path, cluster: Path) -> None:
+    """In two processes, with an sbatch that is slow to answer."""
+    text = (cluster / "sbatch").read_text()
+    (cluster / "sbatch").write_text(f'{text}echo "$n|$n|$n|PENDING" > $HERE/queue; sleep 0.5\n')
+    words = [sys.executable, "-m", "megatron.commands.cli", "launch_slurm", *on_cpus(config, tmp_path / "run")]
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [one.communicate(timeout=60)[1] for one in both]
+    assert sorted(one.returncode for one in both) == [0, 2], said
+    assert len(submissions(cluster)) == 1 and "job 101 is PENDING" in "".join(said)
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    config: Path, tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for out in (Path("/proc/no/run"), tmp_path / "file" / "run"):
+        assert f"{out}/" in refused(capsys, *on_cpus(config, out), code=74)
+    assert not submissions(cluster)
+
+
 def test_an_array_of_runs(config: Path, tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = on_cpus(config, tmp_path / "sweep-{task}")
     assert "must" not in refused(capsys, *on_cpus(config, tmp_path / "same"), "--array", "0-3")
@@ -214,6 +234,9 @@ BAD = {
     "tensor": ([*BIG[:6], "--set", "parallel.tensor=5"], "not a multiple"),
     "key": ([*BIG[:6], "--set", "train.micro_batch=5"], "micro_batch_size"),
     "too short": (["--nodes", "1", "--cpu", "--tasks-per-node", "1", "--time", "4"], "4 min"),
+    "within the margin": (["--nodes", "1", "--cpu", "--tasks-per-node", "1", "--time", "2", "--lead", "9"], "120 s in"),
+    "wide margin": (["--nodes", "1", "--cpu", "--tasks-per-node", "1", "--time", "10", "--lead", "9", "--set",
+                     "health.end_margin_seconds=540"], "540 s free"),
     "secret": (["--env", "WANDB_API_KEY=x", *BIG], "secret"),
     "variable": (["--env", "PATHS", *BIG], "NAME=VALUE"),
     "sbatch arg": (["--sbatch-arg", "-n 4", *BIG], "long option"),
@@ -234,6 +257,25 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     out = tmp_path / "run"
     assert expected in refused(capsys, str(config), *words, "--set", f"run.output={out}")
     assert not out.exists() and not submissions(cluster)
+
+
+def test_a_task_number_needs_an_array(
+    config: Path, tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--array" in refused(capsys, *on_cpus(config, tmp_path / "run-{task}"))
+    assert not submissions(cluster) and not list(tmp_path.glob("run-*"))
+
+
+def test_a_site_of_cpus(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('cpu = true\ntasks_per_node = 2\nnodes = 2\ntime = "60"\n')
+    sets = ["--set", "train.micro_batch_size=1", "--set", f"run.output={tmp_path / 'run'}"]
+    said = directives(dry_run(capsys, str(config), "--site", str(site), *sets))
+    assert said["ntasks-per-node"] == "2" and "gpus-per-node" not in said
+    said = directives(dry_run(capsys, str(config), "--site", str(site), *sets, "--gpus-per-node", "2"))
+    assert said["gpus-per-node"] == "2"
+    site.write_text("cpu = true\ngpus_per_node = 8\n")
+    assert "contradict" in refused(capsys, str(config), "--site", str(site), *sets)
 
 
 def test_a_site_file_gives_defaults(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,18 +314,53 @@ def test_a_site_file_gives_defaults(config: Path, tmp_path: Path, capsys: pytest
         assert expected in refused(capsys, *words)
 
 
-def test_nodes_that_failed_before_are_left_out(
-    config: Path, tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
+def nodes_failed(out: Path, cluster: Path, *usable: str) -> None:
+    """n7 and "gone" failed, n8 did so long ago; SLURM has the `usable` nodes."""
     out.mkdir()
     kept = {"n7.site.org": time.time() + 9999, "n8": time.time() - 1, "gone": time.time() + 9999}
     excluded = {host: {"reason": "x", "time": 0, "until": until, "failures": 2} for host, until in kept.items()}
     (out / "bad_nodes.json").write_text(json.dumps({"excluded": excluded, "suspected": {}, "given": {}}))
-    (cluster / "scontrol").write_text("#!/bin/bash\necho NodeName=n7 NodeHostName=n7 State=IDLE Partitions=gpu\n")
+    known = "".join(f"echo NodeName={name} NodeHostName={name} State=IDLE Partitions=gpu\n" for name in usable)
+    (cluster / "scontrol").write_text(
+        f'#!/bin/bash\n[ "$2" = hostnames ] && {{ echo "$3" | tr , "\\n"; exit; }}\n{known}'
+    )
     (cluster / "scontrol").chmod(0o755)
-    script = dry_run(capsys, *on_cpus(config, out), "--exclude", "n1")
+
+
+def test_nodes_that_failed_before_are_left_out(
+    config: Path, tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    nodes_failed(out, cluster, "n1", "n7", "n8", "n9")
+    assert run_command(main, [*on_cpus(config, out), "--exclude", "n1", "--dry-run"]) == 0
+    script, said = capsys.readouterr()
     assert directives(script)["exclude"] == "n1,n7"
+    assert f"stagemix requeue {out} --forgive HOST" in said and "gone failed before" in said
+    (cluster / "refuses").write_text("sbatch: error: Requested node configuration is not available\n")
+    said = refused(capsys, *on_cpus(config, out))
+    assert "configuration is not available" in said.partition("error: ")[2]
+    assert "n7" in said.partition("error: ")[2] and "--forgive HOST" in said.partition("error: ")[2]
+
+
+@pytest.mark.parametrize("more", [["--exclude", "n1"], ["--nodelist", "n7"], ["--partition", "other"]])
+def test_no_more_nodes_are_left_out_than_can_be_spared(
+    more: list[str], config: Path, tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    nodes_failed(out, cluster, "n1", "n7", "n8")
+    asked = directives(dry_run(capsys, *on_cpus(config, out), *more)).get("exclude")
+    assert asked == ("n1" if more[0] == "--exclude" else None)
+
+
+def test_all_that_failed_are_left_out_where_slurm_cannot_be_asked(
+    config: Path, tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    nodes_failed(out, cluster)
+    (cluster / "scontrol").write_text("#!/bin/bash\nexit 1\n")
+    assert run_command(main, [*on_cpus(config, out), "--dry-run"]) == 0
+    script, said = capsys.readouterr()
+    assert directives(script)["exclude"] == "n7,gone" and "bad_nodes.json" in said and "--forgive HOST" in said
 
 
 def test_the_lead_is_that_of_the_run_so_far(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,9 @@ def test_training_is_that_of_the_launcher(tmp_path: Path) -> None:
             last = next(number for number, line in enumerate(lines) if line.startswith(end))
             parts.append(lines[first : last + 1])
         assert parts[0] == parts[1]
-    waits = [code(text)[code(text).index("step= heard=") :] for text in (plain, ours)]
+    traps = [code(text)[:3] for text in (plain, ours)]
+    assert traps[0] == traps[1] and traps[0][0].startswith("step=")  # before anything that takes time
+    waits = [code(text)[code(text).index('if [ "$heard" ]; then') :] for text in (plain, ours)]
     kept = [[line for line in lines if not re.search(r"srun|train|requeue", line)] for lines in waits]
     assert kept[0] == kept[1]
 

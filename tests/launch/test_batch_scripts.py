@@ -52,6 +52,49 @@ def test_a_termination_is_not_handed_on_and_the_script_waits_for_the_step(tmp_pa
     assert batch.words("requeue")[-1] == "75" and code == 0 and "after SIGTERM" in said
 
 
+@pytest.mark.parametrize("heard", [USR1, TERM])
+def test_a_signal_during_set_up_is_remembered_and_no_step_begins(tmp_path: Path, heard: signal.Signals) -> None:
+    options = SlurmOptions(setup_line=['touch "$SEEN/setting-up"; sleep 0.5'])
+    batch = Batch(tmp_path, script(tmp_path, options)).start("setting-up")
+    batch.send(heard)
+    code, said = batch.wait()
+    assert not batch.words("srun")
+    assert batch.words("requeue")[-3:] == [str(tmp_path / "out"), "--code", "75"]
+    assert code == 0 and f"SIG{heard.name[3:]} came before the step" in said
+
+
+@pytest.mark.parametrize("asked, step, said", [(True, 138, 75), (True, 140, 75), (True, 137, 137), (False, 138, 138)])
+def test_ranks_that_died_of_the_request_to_stop_were_stopped(tmp_path: Path, asked: bool, step: int, said: int) -> None:
+    """A rank that still imports has no handler of SIGUSR1 yet, which then kills it."""
+    batch = Batch(tmp_path, script(tmp_path))
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(f"#!/bin/bash\ntrap 'exit {step}' USR1\ntouch $SEEN/started\nwhile :; do sleep 0.02; "
+                    f"[ -e $SEEN/end ] && exit {step}; done\n")  # fmt: skip
+    batch.start()
+    if asked:
+        batch.send(USR1)
+    else:
+        batch.end_step(step)
+    assert batch.wait()[0] == 0
+    assert batch.words("requeue")[-2:] == ["--code", str(said)]
+
+
+def test_the_signal_is_given_once_though_it_comes_while_srun_starts(tmp_path: Path) -> None:
+    """The window between the start of srun and the moment at which its process id is known, widened by a DEBUG trap."""
+    text = script(tmp_path).replace(
+        '\nif [ "$heard" ]; then\n',
+        """
+trap 'case "$BASH_COMMAND" in "step=$"!) until [ -e "$SEEN/started" ]; do :; done; kill -USR1 $$;; esac' DEBUG
+if [ "$heard" ]; then
+""",
+    )
+    assert "DEBUG" in text
+    batch = Batch(tmp_path, text).start()
+    code, _ = batch.wait()
+    assert batch.signals() == ["USR1"] and code == 0
+    assert batch.words("requeue")[-1] == "75"
+
+
 @pytest.mark.parametrize("step, requeue", [(0, 0), (1, 1), (10, 0), (137, 137)])
 def test_the_script_ends_as_requeue_says(tmp_path: Path, step: int, requeue: int) -> None:
     batch = Batch(tmp_path, script(tmp_path))
@@ -241,6 +284,15 @@ def test_items_of_an_array_are_named_by_their_last_part(tmp_path: Path) -> None:
     batch.end_step(7)
     assert batch.wait()[0] == 7
     assert batch.words("srun")[-5:] == ["export_hf", "--input", "runs/b c", "--output", "exports/b c-1"]
+
+
+def test_a_command_asked_to_stop_during_set_up_goes_on_later(tmp_path: Path) -> None:
+    options = SlurmOptions(setup_line=['touch "$SEEN/setting-up"; sleep 0.5'])
+    job = DataJob(["preprocess_data"], resumes=True)
+    batch = Batch(tmp_path, data_script(job, head(Size()), options, paths(tmp_path))).start("setting-up")
+    batch.send(USR1)
+    assert batch.wait()[0] == 0
+    assert not batch.words("srun") and batch.words("scontrol")[-2:] == ["requeue", "4321"]
 
 
 @pytest.mark.parametrize("known, again", [("99 RUNNING\n", True), ("", False)])

@@ -9,12 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron.launch.attempts import End, Launch, Start, append_event, exit_words
+from megatron.launch.attempts import End, Heartbeat, Launch, Start, append_event, exit_words, write_heartbeat
 from megatron.launch.bad_nodes import excluded_hosts, read_bad_nodes
 
 ECC = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
@@ -131,7 +132,8 @@ def test_what_would_come_again_is_not_requeued(job: Job) -> None:
         job.attempt(code, reason)
         done = job.requeue("--code", "1")
         assert (done.returncode, job.asked) == (code, []), done
-        assert done.stdout.startswith("job 77 not requeued: ") and reason in done.stdout
+        assert done.stdout.startswith("job 77 not requeued: ") and reason.partition(": ")[2] in done.stdout
+        assert "Error:" not in done.stdout
         job.again()
 
 
@@ -238,3 +240,24 @@ def test_B1_the_wrong_folder(job: Job, tmp_path: Path) -> None:
     assert job.requeue("--code", "x").returncode == 2
     assert job.requeue("--days", "0").returncode == 2
     assert job.requeue("--without-progress", "0").returncode == 2
+
+
+def test_nothing_is_decided_about_a_run_that_trains(job: Job) -> None:
+    """A fresh heartbeat without a record of an end: only that job's own batch script knows that it was killed."""
+    job.attempt(None)
+    write_heartbeat(job.output, Heartbeat(time.time(), 1, 3, host="n1", job=job.job))
+    before = sorted(path.name for path in job.output.iterdir())
+    for words in ([], ["--dry-run"], ["--code", "137"]):
+        outside = job.requeue(*words, inside=False)
+        assert outside.returncode == 2 and "attempt 1 trains on n1 in job 77: its heartbeat is" in outside.stderr
+        assert not job.asked and sorted(path.name for path in job.output.iterdir()) == before
+    inside = job.requeue("--code", "137", "--dry-run")
+    assert inside.returncode == 0 and "it was killed" in inside.stdout
+    write_heartbeat(job.output, Heartbeat(time.time() - 300, 1, 3, host="n1", job=job.job))
+    assert "it was killed" in job.requeue(inside=False).stdout
+
+
+def test_a_stop_that_saved_nothing_is_not_said_to_have_saved(job: Job) -> None:
+    job.attempt(75, "StopRequested: SIGUSR1 " + "word " * 100)
+    said = job.requeue("--dry-run").stdout
+    assert "it was asked to stop (exit code 75): SIGUSR1 word" in said and " word…;" in said
