@@ -41,7 +41,7 @@ AuthType=auth/munge
 AuthInfo=socket={socket},cred_expire={credential}
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/%n/spool
+SlurmdSpoolDir={spool}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -178,7 +178,9 @@ class SlurmCluster:
 
     def start_node(self, name: str) -> None:
         """Starts a node's daemon, for instance again after `lose_node`."""
-        (self.folder / name / "spool").mkdir(parents=True, exist_ok=True)
+        assert self._short is not None
+        for folder in (self.folder / name, self._short / name):  # its log; its spool, where sockets are made
+            folder.mkdir(parents=True, exist_ok=True)
         self._start(name, "slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"], node=name)
 
     def lose_node(self, name: str) -> None:
@@ -283,7 +285,9 @@ class SlurmCluster:
         values |= {"first_job": 50 * random.SystemRandom().randrange(1, 190)}
         values |= {"folder": self.folder, "nodes": "\n".join(nodes), "grace": GRACE_SECONDS}
         values |= {"credential": self._credential, "gpus": f" Gres=gpu:{gpus}" if gpus else ""}
-        words = CONFIG.format(**self._sizes, **values, gres="GresTypes=gpu\n" if gpus else "")
+        words = CONFIG.format(
+            **self._sizes, **values, spool=munge_socket.parent, gres="GresTypes=gpu\n" if gpus else ""
+        )
         (self.folder / "slurm.conf").write_text(words)
         if gpus:
             devices = [self.folder / f"gpu{number}" for number in range(gpus)]
