@@ -260,6 +260,11 @@ def test_it_watches_in_a_pipe_without_torch(run: Path, stagemix_command: list[st
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, stdout=subprocess.DEVNULL)
     words = [*stagemix_command, "status", str(run), "--watch", "0.1", "--json"]
+    # A shell's background jobs are started deaf to SIGINT, and so would be what they start.
+    listens = [
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    ]
+    words = [sys.executable, "-c", *listens, *words]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
