@@ -21,10 +21,13 @@ from megatron.engines.kernel_obstacles import interpreted_obstacle
 from megatron.trainer.build import build
 from megatron.trainer.hooks import Checkpoint
 from megatron.trainer.loop import train
+from megatron.trainer.pace import Pace
 from megatron.trainer.resume import Start
 from megatron.trainer.run_folder import RunFolder
 from megatron.trainer.session import Mute
+from megatron.trainer.signals import StopSignals
 from megatron.trainer.state import TrainerState
+from megatron.trainer.stopping import Stopping
 
 if TYPE_CHECKING:
     from gpu_training import Setting
@@ -47,7 +50,15 @@ def train_through_loader(context: Context, setting: Setting) -> dict[str, Any]:
     folder, state = RunFolder(output), TrainerState()
     folder.open()
     try:
-        built = build(config, Start(False, None), False, folder, state, Mute(1, terminal=False), lambda: "")
+        built = build(
+            config,
+            Start(False, None),
+            False,
+            folder,
+            state,
+            Mute(1, terminal=False),
+            Stopping(StopSignals(lambda number: None), Pace()),
+        )
         assert built is not None
         built.run.hooks = [hook for hook in built.run.hooks if not isinstance(hook, Checkpoint)]
         ready = time.perf_counter() - begin

@@ -33,9 +33,12 @@ from trainer_overhead import write_corpus
 from megatron.config.load import load_config
 from megatron.metrics.console import Console
 from megatron.trainer.build import Built, build
+from megatron.trainer.pace import Pace
 from megatron.trainer.resume import Start
 from megatron.trainer.run_folder import RunFolder
+from megatron.trainer.signals import StopSignals
 from megatron.trainer.state import TrainerState
+from megatron.trainer.stopping import Stopping
 
 BOUND = 0.9
 
@@ -129,7 +132,15 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     run = RunFolder(folder / "run")
     run.open()
     config = load_config(folder / "run.toml")
-    built = build(config, Start(), False, run, TrainerState(), Console(10**9, terminal=False), lambda: "")
+    built = build(
+        config,
+        Start(),
+        False,
+        run,
+        TrainerState(),
+        Console(10**9, terminal=False),
+        Stopping(StopSignals(lambda number: None), Pace()),
+    )
     assert built is not None
     engine: Any = built.run.engine
     validate = next(hook for hook in built.run.hooks if type(hook).__name__ == "Validate")
