@@ -29,7 +29,7 @@ from megatron.launch.slurm_words import ArraySpec, parse_array, time_words
 from megatron.launch.stop_lead import StopLead, stop_lead
 from megatron.launch.training_script import TrainingJob, training_script
 
-START_SECONDS = 60
+START_SECONDS = 10
 """That a start of ranks is taken to need at least, from the batch script's first line to the first step."""
 
 
