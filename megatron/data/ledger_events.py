@@ -22,14 +22,7 @@ _UNTRAINED = ("spike", "passed-over")
 
 def spike_event(stage: str, step: int, samples: tuple[int, int], tokens: Mapping[str, int], reason: str) -> Event:
     """A step that was skipped. samples: half-open. tokens: input positions by source."""
-    return {
-        "event": "spike",
-        "stage": stage,
-        "steps": [step, step],
-        "samples": list(samples),
-        "tokens": dict(sorted(tokens.items())),
-        "reason": reason,
-    }
+    return {**_batch_event("spike", stage, step, samples, tokens), "reason": reason}
 
 
 def roll_back_event(roll_back: Mapping[str, Any]) -> Event:
@@ -48,16 +41,17 @@ def pass_over(
         grown = {"steps": [last["steps"][0], step], "samples": [last["samples"][0], samples[1]]}
         events[-1] = {**last, **grown, "tokens": dict(sorted(sums.items()))}
         return
-    events.append(
-        {
-            "event": "passed-over",
-            "stage": stage,
-            "steps": [step, step],
-            "samples": list(samples),
-            "tokens": dict(sorted(tokens.items())),
-            "spike": spike,
-        }
-    )
+    events.append({**_batch_event("passed-over", stage, step, samples, tokens), "spike": spike})
+
+
+def _batch_event(kind: str, stage: str, step: int, samples: tuple[int, int], tokens: Mapping[str, int]) -> Event:
+    return {
+        "event": kind,
+        "stage": stage,
+        "steps": [step, step],
+        "samples": list(samples),
+        "tokens": dict(sorted(tokens.items())),
+    }
 
 
 def not_trained(events: Iterable[Event]) -> dict[str, int]:

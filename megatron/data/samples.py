@@ -46,6 +46,26 @@ class Sample:
     fim_rule: FimRule | None = None
 
 
+def record_of(stage: TrainingStage, lr: Mapping[str, Any], run_tokens: int | None) -> StageRecord:
+    """What the ledger keeps of a stage as it was resolved when it begins; it has taken nothing yet. lr: of its law."""
+    return StageRecord(
+        name=stage.name,
+        start_sample=stage.start_sample,
+        start_token=stage.start_token,
+        planned_samples=stage.samples,
+        shapes=stage.shapes.to_json(),
+        shape_words=stage.shape_words,
+        cursor=stage.cursor,
+        weights=stage.weights.to_json(),
+        sizes={name: fact.epoch_tokens for name, fact in stage.facts.items()},
+        used=dict(stage.used_before),
+        caps={name: [str(fact.max_epochs), fact.dry] for name, fact in stage.facts.items()},
+        fim={name: rates.to_json() for name, rates in stage.fim.items()},
+        lr=dict(lr),
+        run_tokens=run_tokens,
+    )
+
+
 class SampleStream:
     """Gives global batches in order, from the position that a ledger says."""
 
@@ -196,23 +216,8 @@ class SampleStream:
             for source_record in self.ledger.sources.values():
                 source_record.cursor = CursorState().to_json()
         lr = dict(self._lr_records[stage.index]) if stage.index < len(self._lr_records) else {}
-        record = StageRecord(
-            name=stage.name,
-            start_sample=stage.start_sample,
-            start_token=stage.start_token,
-            planned_samples=stage.samples,
-            shapes=stage.shapes.to_json(),
-            shape_words=stage.shape_words,
-            cursor=stage.cursor,
-            weights=stage.weights.to_json(),
-            sizes={name: fact.epoch_tokens for name, fact in stage.facts.items()},
-            used=dict(stage.used_before),
-            caps={name: [str(fact.max_epochs), fact.dry] for name, fact in stage.facts.items()},
-            fim={name: rates.to_json() for name, rates in stage.fim.items()},
-            lr=lr,
-            run_tokens=self._schedule.run_tokens,
-            fim_sentinels=self._fim_sentinels.ids() if self._fim_sentinels and stage.fim else [],
-        )
+        record = record_of(stage, lr, self._schedule.run_tokens)
+        record.fim_sentinels = self._fim_sentinels.ids() if self._fim_sentinels and stage.fim else []
         self._open(stage, None)
         for name in stage.weights.sources:
             record.use[name] = SourceUse(start=self._streams[name].state.to_json())

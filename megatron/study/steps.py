@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from megatron.config.schema import RunConfig, StageSection
 from megatron.data.ledger import Ledger, SourceRecord, SourceUse, StageRecord
+from megatron.data.samples import record_of
 from megatron.data.schedule import TrainingStage
 from megatron.planner.resolve import ResolvedRun
 from megatron.study.learned_weights import LearnedWeights
@@ -129,24 +130,11 @@ def planned_ledger(chain: list[TrainStep]) -> Ledger | None:
 
 
 def _record(stage: TrainingStage, law: Mapping[str, object], run_tokens: int | None) -> StageRecord:
-    return StageRecord(
-        name=stage.name,
-        start_sample=stage.start_sample,
-        start_token=stage.start_token,
-        planned_samples=stage.samples,
-        shapes=stage.shapes.to_json(),
-        shape_words=stage.shape_words,
-        cursor=stage.cursor,
-        weights=stage.weights.to_json(),
-        sizes={name: fact.epoch_tokens for name, fact in stage.facts.items()},
-        used=dict(stage.used_before),
-        caps={name: [str(fact.max_epochs), fact.dry] for name, fact in stage.facts.items()},
-        fim={name: rates.to_json() for name, rates in stage.fim.items()},
-        lr=dict(law),
-        run_tokens=run_tokens,
-        samples=stage.samples,
-        use={
-            name: SourceUse(samples=stage.counts.get(name, 0), tokens=stage.source_tokens.get(name, 0))
-            for name in stage.weights.sources
-        },
-    )
+    """The record of a stage at its end."""
+    record = record_of(stage, law, run_tokens)
+    record.samples = stage.samples
+    record.use = {
+        name: SourceUse(samples=stage.counts.get(name, 0), tokens=stage.source_tokens.get(name, 0))
+        for name in stage.weights.sources
+    }
+    return record
