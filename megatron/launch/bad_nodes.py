@@ -100,8 +100,22 @@ class BadNodes:
 def read_bad_nodes(output: Path) -> BadNodes:
     """What is known of hosts; nothing where the file is not there. Raises ConfigError for a damaged one."""
     path = output / BAD_NODES
+    return _nodes_of(path, _record_of(path))
+
+
+def _record_of(path: Path) -> Any:
+    """The file's JSON; one that says nothing where it is not there. Raises ConfigError."""
     try:
-        record = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {"suspected": {}}
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _nodes_of(path: Path, record: Any) -> BadNodes:
+    """Raises ConfigError."""
+    try:
         suspected = {
             str(host): [
                 NodeFailure(
@@ -116,8 +130,6 @@ def read_bad_nodes(output: Path) -> BadNodes:
             for host, failures in record["suspected"].items()
         }
         given = {str(job): [str(host) for host in hosts] for job, hosts in record.get("given", {}).items()}
-    except FileNotFoundError:
-        return BadNodes()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
     return BadNodes({host: failures for host, failures in suspected.items() if failures}, given)
@@ -150,12 +162,10 @@ def excluded_hosts(output: str | Path, now: float | None = None) -> list[str]:
     now: unix seconds. Raises ConfigError for a damaged bad_nodes.json.
     """
     path = Path(output) / BAD_NODES
-    read_bad_nodes(Path(output))  # the whole file is to be sound
+    record = _record_of(path)
+    _nodes_of(path, record)  # the whole file is to be sound
     try:
-        excluded = json.loads(path.read_bytes()).get("excluded", {})
-        until = {str(host): float(about["until"]) for host, about in excluded.items()}
-    except FileNotFoundError:
-        return []
+        until = {str(host): float(about["until"]) for host, about in record.get("excluded", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
     at = time.time() if now is None else now

@@ -32,7 +32,7 @@ from megatron.launch.requeue_facts import REQUEUE, read_requeue
 from megatron.launch.run_checkpoints import SeenCheckpoint, newest_checkpoints
 from megatron.launch.run_queue import Queue, with_queue
 from megatron.launch.run_state import RunState, state_of
-from megatron.launch.slurm_submit import JOBS, last_submission
+from megatron.launch.slurm_submit import JOBS, submissions
 from megatron.launch.wall_time import StepTime, wall_time
 from megatron.metrics.row_tail import ASIDE, Pace, RowTail, pace_of, read_tail, seconds_in, without_repeats
 
@@ -128,7 +128,7 @@ def _read(output: Path, now: float, queue: Queue | None) -> _Seen:
             f"{_DISCARDED}: its first {discarded.unread} bytes were not read: steps redone are counted without"
         )
     interval = _number(config, "health", "heartbeat_seconds") or 10
-    sent = last_submission(output / "slurm")
+    sent = (submissions(output / "slurm") or [{}])[-1]
     decision = read_requeue(output)
     state = state_of(attempts, read_exit(output), beat, decision, tail.modified, now, interval, sent)
     if queue is not None:

@@ -122,25 +122,17 @@ def note_submission(path: Path, job: str) -> None:
         os.fsync(file.fileno())
 
 
-def submitted_jobs(folder: Path) -> list[str]:
-    """Ids of all jobs that were submitted from scripts of the folder, oldest first."""
+def submissions(folder: Path) -> list[dict[str, Any]]:
+    """What was submitted from scripts of the folder, oldest first: the lines of jobs.jsonl that can be read, {"time",
+    "file", "job"}."""
     found = []
-    with contextlib.suppress(OSError):
-        for line in (folder / JOBS).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                found.append(str(json.loads(line)["job"]))
-    return found
-
-
-def last_submission(folder: Path) -> dict[str, Any]:
-    """The last line of the folder's jobs.jsonl that can be read, {"time", "file", "job"}; {} where there is none."""
     with contextlib.suppress(OSError, ValueError):
-        for line in reversed((folder / JOBS).read_text(encoding="utf-8").splitlines()):
+        for line in (folder / JOBS).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict) and "job" in record:
-                    return record
-    return {}
+                    found.append(record)
+    return found
 
 
 def alive(jobs: Iterable[str]) -> dict[str, str]:
@@ -168,7 +160,9 @@ def trainer_of(output: Path, heartbeat_seconds: int, folder: Path | None = None)
     heartbeat_seconds: how often it would be heard of. folder: where its batch scripts are, OUTPUT/slurm.
     """
     attempts = read_attempts(output)
-    jobs = submitted_jobs(folder or output / "slurm") + [_job_name(one.job) for one in attempts[-1:]]
+    jobs = [str(one["job"]) for one in submissions(folder or output / "slurm")] + [
+        _job_name(one.job) for one in attempts[-1:]
+    ]
     living = alive(filter(None, jobs))
     if living:
         job, state = next(iter(living.items()))

@@ -7,15 +7,14 @@ disk is slower when many jobs end together. The longest of the last rows, not a 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.launch.attempts import read_heartbeat
 from megatron.launch.slurm_words import time_words
+from megatron.metrics.row_tail import objects_in
 
 MARGIN = 60
 """Seconds for processes to leave, and for the batch script to put the job back in the queue."""
@@ -79,7 +78,7 @@ def _measured(output: Path) -> tuple[list[float], list[float], list[float]]:
     steps: list[float] = []
     aside: dict[str, float] = {}
     saves: list[float] = []
-    for row in list(_rows(output / "metrics.jsonl"))[-_ROWS:]:
+    for row in _rows(output / "metrics.jsonl")[-_ROWS:]:
         steps += _figures(row, "step_seconds")
         saves += _figures(row, "checkpoint_seconds")
         for name in ("validation_seconds", "evaluation_seconds"):
@@ -93,21 +92,15 @@ def _measured(output: Path) -> tuple[list[float], list[float], list[float]]:
     return steps, list(aside.values()), saves
 
 
-def _rows(path: Path) -> Iterable[dict[str, Any]]:
+def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - _TAIL))
-            lines = file.read().split(b"\n")
+            content = file.read()
     except OSError:
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the first of the tail, or one that a kill tore
-            continue
-        if isinstance(row, dict):
-            yield row
+        return []
+    return list(objects_in(content))
 
 
 def _figures(row: dict[str, Any], name: str) -> list[float]:

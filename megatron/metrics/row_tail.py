@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,17 +119,24 @@ def without_repeats(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]
     return list(found.values())
 
 
-def _rows_from(descriptor: int, begin: int, end: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    content = os.pread(descriptor, end - begin, begin)
-    if begin:
-        content = content[content.find(b"\n") + 1 :]  # the middle of a line, or a whole one too many
-    steps, validation = [], None
+def objects_in(content: bytes) -> Iterator[dict[str, Any]]:
+    """JSON objects, a line each. What is none, a line that a kill tore say, is left out."""
     for line in content.split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "evaluation" in row:
+        if isinstance(row, dict):
+            yield row
+
+
+def _rows_from(descriptor: int, begin: int, end: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    content = os.pread(descriptor, end - begin, begin)
+    if begin:
+        content = content[content.find(b"\n") + 1 :]  # the middle of a line, or a whole one too many
+    steps, validation = [], None
+    for row in objects_in(content):
+        if not isinstance(row.get("step"), int) or "evaluation" in row:
             continue
         if "validation" in row:
             validation = row
