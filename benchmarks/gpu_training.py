@@ -16,6 +16,7 @@ from gpu_layouts import Fit, fits, gradients_for
 from gpu_models import published_words, shape_of, utilisation
 from gpu_profile import profiled
 from gpu_results import Row
+from microbatch import Micro
 from torch import Tensor
 
 from megatron.config.kernel_checks import ATTENTION_IN_GRAPHS, compiling_obstacle
@@ -141,17 +142,6 @@ class Setting:
     def parallel(self) -> dict[str, Any]:
         """[parallel]."""
         return {"recompute": "full", "recompute_layers": self.fit.recomputed} if self.fit.recomputed else {}
-
-
-@dataclass
-class Micro:
-    """A microbatch of random tokens, each row cut into documents of equal length."""
-
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor
-    source_ids: Tensor
-    sample_numbers: Tensor
 
 
 def jobs(context: Context) -> Iterator[Job]:

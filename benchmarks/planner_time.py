@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from microbatch import Micro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,17 +49,6 @@ from megatron.planner.step_time import step_time
 
 HIDDEN, INNER, HEADS, LENGTH = 256, 704, 8, 512
 VOCABULARY = 4096
-
-
-@dataclass
-class Micro:
-    """A microbatch of random tokens, one document a row."""
-
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor
-    source_ids: Tensor
-    sample_numbers: Tensor
 
 
 @dataclass(frozen=True)

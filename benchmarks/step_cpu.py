@@ -23,11 +23,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from microbatch import Micro
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,17 +45,6 @@ from megatron.kernels.choice import Kernels
 
 COMPILED = {"compile": "layers", "norm": "compile", "rope": "compile", "activation": "compile"}
 Figures = dict[str, dict[str, float]]
-
-
-@dataclass
-class Micro:
-    """A microbatch for both sides."""
-
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor
-    source_ids: Tensor
-    sample_numbers: Tensor
 
 
 def make_batch(shape: ModelShape, arguments: argparse.Namespace, documents: int, seed: int) -> list[Micro]:
