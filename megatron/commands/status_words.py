@@ -16,7 +16,7 @@ from megatron.launch.attempts import reason_words
 _BAR = 30
 _SHOWN_ATTEMPTS = 12
 _WORDS = {"waiting": "waiting for its job to start again", "unknown": "not known to run"}
-_ASIDE = {"checkpoint": "saves", "validation": "validation", "evaluation": "evaluation", "roll_back": "roll-backs"}
+_ASIDE = {"checkpoint": "saves", "validation": "validation", "evaluation": "evaluation"}
 
 
 def show_status(status: Mapping[str, Any], console: Console) -> None:

@@ -357,9 +357,8 @@ def _wall_time(seen: _Seen) -> Any:
     read = len(seen.tail.steps)
     more = 1.0 if not seen.tail.unread or not read else max(1.0, (at - first) / read)
     aside = {
-        name: seconds_in(seen.tail.steps, key) * more + seconds_in(redone, key)
+        name: seconds_in(seen.tail.steps, f"{name}_seconds") * more + seconds_in(redone, f"{name}_seconds")
         for name in ASIDE
-        if (key := f"{name}_seconds")
     }
     exact = not seen.tail.unread and not seen.discarded.unread and not first
     sign = seen.state.last_sign

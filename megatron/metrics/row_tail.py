@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ASIDE = ("checkpoint", "validation", "evaluation", "roll_back")
-"""Rows have "NAME_seconds" of these, which are not in "step_seconds"."""
+ASIDE = ("validation", "checkpoint", "evaluation")
+"""What a run spends time on between steps: rows have "NAME_seconds" of it, and "step_seconds" leaves it out."""
 RECENT = 50
 _AT_FIRST, _AT_MOST = 2 * 2**20, 64 * 2**20
 

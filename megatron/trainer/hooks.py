@@ -9,11 +9,9 @@ from megatron.config.errors import NonFiniteError
 from megatron.data.ledger import add_to_order, hash_words
 from megatron.engines.base import Engine, MicrobatchLike
 from megatron.metrics.meters import StepClock
+from megatron.metrics.row_tail import ASIDE
 from megatron.metrics.sinks import Sink
 from megatron.trainer.state import Step, TrainerState
-
-ASIDE = ("validation", "checkpoint", "evaluation")
-"""Time spent on these is reported under its own name and left out of step_seconds."""
 
 
 class Log:
