@@ -2,6 +2,8 @@
 # a C++17 compiler makes indexes faster.
 #
 #   make demo                     the whole path on this machine's own files: corpora, training, export, report
+#   make study-toy                a whole study on them: arms that share trunks, evaluated, with a report of differences
+#                                 (STUDY_ARGS="--seeds 1,2,3", --all-arms, "--study quality", "--scale tiny")
 #   make test | check | soak      tests | format, lint and types | tests that take minutes
 #   make sanitize                 the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make PYTHON=python3.12 …      another interpreter for .venv
@@ -11,6 +13,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 TORCH_INDEX ?=
 DEMO_ARGS ?=
+STUDY_ARGS ?=
 PYTEST_ARGS ?=
 # which tests: .ci/run takes those marked long, too
 TESTS ?= not soak and not gpu and not long
@@ -34,7 +37,7 @@ TYPED := $(filter-out megatron/data/loader.py, $(wildcard megatron/config/*.py m
   megatron/commands/train_tokenizer.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test soak sanitize check format clean
+.PHONY: help .venv demo study-toy test soak sanitize check format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -64,6 +67,9 @@ $(BUILT): $(INSTALLED)
 
 demo: .venv
 	$(RUN) examples/demo/run.py $(DEMO_ARGS)
+
+study-toy: .venv
+	$(RUN) examples/studies/run_toy.py $(STUDY_ARGS)
 
 test: .venv
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "$(TESTS)" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -40,6 +40,7 @@ struct TokenFile {
   std::uint64_t sequences;
   std::uint64_t documents;
   std::uint64_t first;  // number of its first document through all files
+  const std::uint8_t* mask;  // one bit a token, lowest first; null: every token may be a target
 
   std::uint64_t sequence_start(std::uint64_t sequence) const {
     if (sequence > sequences) throw std::runtime_error("a document's sequences are not among those of its .idx");
@@ -143,9 +144,16 @@ void prefetch(const TokenFile& file, const Place& place) {
 #endif
 }
 
-void write_place(const Place& place, std::int32_t number, const Outputs& to) {
+// Takes away those of `count` targets whose bit is 0. The first is token `token` of the file.
+void keep_marked(const std::uint8_t* mask, std::uint64_t token, std::uint64_t count, std::int64_t* targets) {
+  for (std::uint64_t i = 0; i < count; ++i, ++token) {
+    const bool marked = (mask[token >> 3] >> (token & 7)) & 1;
+    targets[i] = marked ? targets[i] : kNoTarget;
+  }
+}
+
+void write_tokens(const Place& place, std::uint64_t targets, std::int32_t number, const Outputs& to) {
   const TokenFile& file = *place.file;
-  const std::uint64_t targets = place.length - (place.goes_on ? 0 : 1);
   const bool is_signed = file.kind == 'i';
   switch (file.itemsize) {
     case 1:
@@ -161,13 +169,23 @@ void write_place(const Place& place, std::int32_t number, const Outputs& to) {
   }
 }
 
+void write_place(const Place& place, std::int32_t number, const Outputs& to) {
+  const std::uint64_t targets = place.length - (place.goes_on ? 0 : 1);
+  write_tokens(place, targets, number, to);
+  if (place.file->mask != nullptr) keep_marked(place.file->mask, place.begin + 1, targets, to.targets);
+}
+
 // (tokens, sizes int32, pointers int64, document index int64 or None), as megatron.data.indexed_dataset maps them.
 using Arrays = std::tuple<py::array, py::array, py::array, py::object>;
 
 // The files of a source in order, and what keeps their memory alive.
 class TokenFiles {
  public:
-  explicit TokenFiles(std::vector<Arrays> files) : owners_(std::move(files)) {
+  TokenFiles(std::vector<Arrays> files, std::vector<py::array> masks)
+      : owners_(std::move(files)), masks_(std::move(masks)) {
+    if (!masks_.empty() && masks_.size() != owners_.size()) {
+      throw std::invalid_argument("as many masks as files are needed, or none");
+    }
     for (const auto& [tokens, sizes, pointers, index] : owners_) {
       check_flat(tokens, "tokens");
       TokenFile file{};
@@ -192,6 +210,13 @@ class TokenFiles {
         file.index = numbers<std::int64_t>(entries, "the document index");
         if (entries.size() < 1) throw std::invalid_argument("a document index has at least one entry");
         file.documents = static_cast<std::uint64_t>(entries.size()) - 1;
+      }
+      if (!masks_.empty()) {
+        const py::array& mask = masks_[files_.size()];
+        file.mask = static_cast<const std::uint8_t*>(numbers<std::uint8_t>(mask, "a mask"));
+        if (static_cast<std::uint64_t>(mask.size()) < (file.token_count + 7) / 8) {
+          throw std::invalid_argument("a mask is shorter than its tokens");
+        }
       }
       file.first = documents_;
       documents_ += file.documents;
@@ -222,6 +247,7 @@ class TokenFiles {
 
  private:
   std::vector<Arrays> owners_;
+  std::vector<py::array> masks_;
   std::vector<TokenFile> files_;
   std::vector<std::uint64_t> firsts_;
   std::uint64_t documents_ = 0;
@@ -343,7 +369,9 @@ py::array_t<std::int32_t> gather(const std::vector<const TokenFiles*>& files, co
 }  // namespace
 
 void bind_gather(py::module_& module) {
-  py::class_<TokenFiles>(module, "TokenFiles").def(py::init<std::vector<Arrays>>(), py::arg("files"));
+  py::class_<TokenFiles>(module, "TokenFiles")
+      .def(py::init<std::vector<Arrays>, std::vector<py::array>>(), py::arg("files"),
+           py::arg("masks") = std::vector<py::array>{});
   module.def("gather", &gather, py::arg("files"), py::arg("samples"), py::arg("tokens"), py::arg("targets"),
              py::arg("document_ids"), py::arg("position_ids"));
 }

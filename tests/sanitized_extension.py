@@ -26,6 +26,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 TESTS = [
     "tests/data/test_index_fuzz.py",
     "tests/data/test_assembly.py",
+    "tests/data/test_masked_assembly.py",
     "tests/data/test_piece_table.py",
     "tests/data/test_epoch_index.py",
     "tests/data/test_permutation.py",

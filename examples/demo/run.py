@@ -55,6 +55,7 @@ class Step:
 
     inputs: whatever decides its outcome besides the steps before it; when that changes, it runs again.
     clears: whether old outputs are removed first; training keeps its own, to resume from.
+    always: whether it runs each time, since it passes over by itself what is done.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Step:
     outputs: tuple[Path, ...]
     inputs: str = ""
     clears: bool = True
+    always: bool = False
 
 
 def steps_of(scale: Scale) -> list[Step]:
@@ -149,8 +151,13 @@ def stage_ends(checkpoints: Path) -> dict[str, Path]:
     return ends
 
 
-def run_steps(steps: Sequence[Step], folder: Path) -> tuple[int, dict[str, float]]:
-    """Runs what is not finished yet: the exit code of the first step that fails, or 0, and each step's seconds."""
+def run_steps(
+    steps: Sequence[Step], folder: Path, anew: str = "make demo DEMO_ARGS=--fresh"
+) -> tuple[int, dict[str, float]]:
+    """Runs what is not finished yet: the exit code of the first step that fails, or 0, and each step's seconds.
+
+    anew: the command that begins anew, for messages.
+    """
     seconds: dict[str, float] = {}
     key = ""
     for number, step in enumerate(steps, 1):
@@ -168,7 +175,7 @@ def run_steps(steps: Sequence[Step], folder: Path) -> tuple[int, dict[str, float
         for command in step.commands():
             print(f"      $ {as_typed(command)}", flush=True)
             if code := run(command):
-                explain(number, step, command, code)
+                explain(number, step, command, code, anew)
                 return code, seconds
         seconds[step.name] = time.monotonic() - start
         stamp.parent.mkdir(exist_ok=True)
@@ -179,6 +186,8 @@ def run_steps(steps: Sequence[Step], folder: Path) -> tuple[int, dict[str, float
 
 def finished(stamp: Path, key: str, step: Step) -> float | None:
     """The seconds that the step took when it finished with the same inputs, or None where it has to run."""
+    if step.always:
+        return None
     try:
         record = json.loads(stamp.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -216,12 +225,15 @@ def run(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def explain(number: int, step: Step, command: Sequence[str], code: int) -> None:
-    """Says what failed and how to go on."""
+def explain(number: int, step: Step, command: Sequence[str], code: int, anew: str) -> None:
+    """Says what failed, or was stopped, and how to go on."""
+    if code == 75:
+        print(f"\nstopped in step {number} ({step.name}): type the same command again to go on", file=sys.stderr)
+        return
     print(
         f"\nerror: step {number} ({step.name}) ended with exit code {code} (docs/exit-codes.md): {as_typed(command)}\n"
         "To go on: repair what the message above says and type the same command again; finished steps are skipped and "
-        "training resumes.\nTo begin anew: add --fresh (make demo DEMO_ARGS=--fresh).",
+        f"training resumes.\nTo begin anew: add --fresh ({anew}).",
         file=sys.stderr,
         flush=True,
     )
@@ -259,14 +271,17 @@ def accuracies(results: Path) -> list[str]:
     return lines
 
 
-def claim(folder: Path, fresh: bool) -> str | None:
-    """Makes the folder ours. What stands in the way, if a folder of that name is somebody else's."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+def claim(folder: Path, fresh: bool, mark: str = MARK, program: str = "examples/demo/run.py") -> str | None:
+    """Makes the folder ours. What stands in the way, if a folder of that name is somebody else's.
+
+    mark: name of the file that says whose it is.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
         return f"the folder {folder} exists and was not made by this demo: move it, or run from another folder"
     if fresh and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
-    (folder / MARK).write_text("Written by examples/demo/run.py; --fresh deletes this folder.\n", encoding="utf-8")
+    (folder / mark).write_text(f"Written by {program}; --fresh deletes this folder.\n", encoding="utf-8")
     return None
 
 

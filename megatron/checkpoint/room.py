@@ -11,7 +11,7 @@ from megatron.config.errors import StorageError
 _SMALL_FILES = 32 * 10**6
 
 
-def check_room(aside: Path, needed: int) -> None:
+def check_room(aside: Path, needed: int, what: str = "the export") -> None:
     """Raises StorageError where the disk has no room for so many bytes, less what lies in `aside` already."""
     with io_errors(aside, "look at the disk of"):
         there = sum(path.stat().st_blocks * 512 for path in aside.rglob("*")) if aside.exists() else 0
@@ -19,6 +19,6 @@ def check_room(aside: Path, needed: int) -> None:
     missing = needed + _SMALL_FILES - there - free
     if missing > 0:
         raise StorageError(
-            f"{aside.parent}: the export needs {(needed - there) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free "
+            f"{aside.parent}: {what} needs {(needed - there) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free "
             f"{missing / 1e9:.2f} GB, or choose an --output on another disk; nothing was written"
         )

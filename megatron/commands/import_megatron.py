@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.aside import check_apart
-from megatron.checkpoint.imported import check_free, write_imported
+from megatron.checkpoint.imported import write_imported
+from megatron.checkpoint.weights_alone import check_free
 from megatron.commands.transfer_progress import shown
 from megatron.config.errors import EXIT_DONE, ConfigError, DataError
 from megatron.config.model_shape import ModelShape

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.commands.frame import config_arguments, load_from
-from megatron.commands.inspect_loss import loss_lines, loss_rows
+from megatron.commands.inspect_loss import loss_lines, loss_rows, with_names
 from megatron.commands.tables import clipped, console_for_tables, new_table
 from megatron.config.errors import ConfigError, StagemixError
 from megatron.config.quantities import format_count
@@ -28,7 +28,9 @@ from megatron.planner.sample_drawing import (
     abbreviated,
     document_rows,
     documents_asked,
+    learned_tokens,
     sample_lines,
+    target_counts,
     trained_ids,
     visible,
 )
@@ -44,14 +46,16 @@ example:
   stagemix inspect_data CONFIG --samples "500 steps:+1 steps" --summary    # counts against targets, epochs
   stagemix inspect_data CONFIG --documents python:100:120    # a source's documents, used or not
   stagemix inspect_data CONFIG --documents chats:0:3 --loss  # conversations, with what the loss is on marked
+  stagemix inspect_data CONFIG --samples 0:3 --loss          # the same of samples, as their training stage learns them
   stagemix inspect_data CONFIG --samples 0:2000 --jsonl      # one object a sample
   stagemix inspect_data CONFIG --ledger runs/mine            # of a run whose config was edited since it began
 
-An object is {"sample", "stage", "source", "epoch", "epochs", "pieces"}, with "text" and "ids" of each piece where they
-are asked for. `pieces` are [document, start, end]: half-open input positions within documents, which are numbered by
-position through the source's data list. A:B are sample numbers of the whole run, or places as above; B may be left out,
-or +N. A place anywhere in a run is reached at once, without reading what comes before. Text is shown on one line with
-escapes (\\n, \\t, \\x07); U+FFFD stands for bytes that are no UTF-8, for example where a piece cuts a letter.
+An object is {"sample", "stage", "source", "epoch", "epochs", "pieces"}, with "text" and "ids" of each piece where
+they are asked for; with --loss "targets", how many of each piece count, and "learned" of each token. `pieces` are
+[document, start, end]: half-open input positions within documents, which are numbered by position through the
+source's data list. A:B are sample numbers of the whole run, or places as above; B may be left out, or +N. A place
+anywhere in a run is reached at once, without reading what comes before. Text is shown on one line with escapes (\\n,
+\\t, \\x07); U+FFFD stands for bytes that are no UTF-8, for example where a piece cuts a letter.
 """
 _MANY = 10
 
@@ -79,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="store_true", help="decode every piece with the config's tokenizer")
     parser.add_argument("--ids", action="store_true", help="show every piece's token ids")
     parser.add_argument(
-        "--loss", action="store_true", help="with --documents: all text, marked where the loss is on it"
+        "--loss", action="store_true", help="all text of samples or documents, marked where the loss is on it"
     )
     parser.add_argument("--full", action="store_true", help="with --text, --ids: all of it instead of head … tail")
 
@@ -94,10 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
-    if args.loss and args.documents is None:
-        parser.error("--loss shows documents of instruction data: give --documents SOURCE too")
     config = load_from(args)
-    tokenizer = load_tokenizer(config.tokenizer.path) if args.text or (args.ids and _rearranges(config)) else None
+    decodes = args.text or (args.loss and args.documents is None) or (args.ids and _rearranges(config))
+    tokenizer = load_tokenizer(config.tokenizer.path) if decodes else None
     sentinels = sentinels_of(tokenizer, config.tokenizer.fim) if tokenizer is not None else None
     identity = TokenizerIdentity.of(tokenizer) if tokenizer is not None else None
     ledger = read_ledger(args.ledger) if args.ledger else None
@@ -112,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.summary:
         _show_summary(summary_of(run, start, end), args.jsonl)
         return 0
-    shown = Shown(tokenizer.decode if tokenizer is not None and args.text else None, args.ids, args.full)
+    decode = with_names(tokenizer) if args.loss and tokenizer is not None else None
+    if tokenizer is not None and args.text and decode is None:
+        decode = tokenizer.decode
+    shown = Shown(decode, args.ids, args.full, args.loss)
     for sample in samples_between(run, start, end):
         _show_sample(run, sample, shown, args)
     return 0
@@ -135,7 +141,8 @@ def samples_between(run: ResolvedRun, start: int, end: int) -> Iterator[Sample]:
 
 
 def sample_row(sample: Sample) -> dict[str, Any]:
-    """The public form of a sample; `fim`, the numbers of its rearranged pieces, only where there are any."""
+    """The public form of a sample; `fim`, the numbers of its rearranged pieces, only where there are any;
+    `padded` where it is one document."""
     row = {
         "sample": sample.number,
         "stage": sample.training_stage,
@@ -144,7 +151,8 @@ def sample_row(sample: Sample) -> dict[str, Any]:
         "epochs": [piece.epoch for piece in sample.pieces],
         "pieces": [[piece.document, piece.start, piece.end] for piece in sample.pieces],
     }
-    return row | {"fim": list(sample.fim)} if sample.fim else row
+    row |= {"fim": list(sample.fim)} if sample.fim else {}
+    return row | ({"padded": True} if sample.padded else {})
 
 
 def _show_sample(run: ResolvedRun, sample: Sample, shown: Shown, args: argparse.Namespace) -> None:
@@ -155,8 +163,10 @@ def _show_sample(run: ResolvedRun, sample: Sample, shown: Shown, args: argparse.
             row["text"] = [shown.decode(ids) for ids in trained_ids(sample, source)]
         if shown.ids:
             row["ids"] = trained_ids(sample, source)
+        if shown.loss:
+            row |= {"targets": target_counts(sample, source), "learned": learned_tokens(sample, source)}
         print(json.dumps(row, ensure_ascii=False))
-    elif args.pieces or args.text or args.ids:
+    elif args.pieces or args.text or args.ids or args.loss:
         stage, offset = run.schedule.locate(sample.number)
         step = stage.start_step + steps_at(stage, offset)
         token = stage.start_token + tokens_at(stage, offset)

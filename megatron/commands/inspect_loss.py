@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,10 +10,8 @@ from megatron.config.errors import ConfigError
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.loss_mask import LossMask, has_loss_mask
 from megatron.data.sources import OpenSource
-from megatron.planner.sample_drawing import visible
+from megatron.planner.sample_drawing import LEARNED, OTHER, Decode, marked_runs, visible
 from megatron.tokenizers.base import Tokenizer
-
-LEARNED, OTHER = "█ ", "  "
 
 
 def loss_rows(source: OpenSource, first: int, last: int, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
@@ -23,7 +21,6 @@ def loss_rows(source: OpenSource, first: int, last: int, tokenizer: Tokenizer) -
     Raises ConfigError where the source's data have no loss mask; DataError where a mask is missing or damaged.
     """
     files = source.opened().files
-    names = {token: name for name, token in tokenizer.special_ids.items()}
     masks: dict[int, LossMask] = {}
     for document in range(first, min(last, files.document_count)):
         number, local = files.locate(document)
@@ -37,10 +34,7 @@ def loss_rows(source: OpenSource, first: int, last: int, tokenizer: Tokenizer) -
         start = int(dataset.document_starts()[local])
         ids = dataset.tokens(local).tolist()
         learned = masks[number].bits(start, start + len(ids)).tolist()
-        runs = [
-            [bool(key), _text([token for token, _ in pairs], tokenizer, names)]
-            for key, pairs in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
-        ]
+        runs = [[key, text] for key, text in marked_runs(ids, learned, with_names(tokenizer))]
         yield {"document": document, "tokens": len(ids), "target_tokens": sum(learned), "runs": runs}
 
 
@@ -50,9 +44,15 @@ def loss_lines(row: dict[str, Any]) -> list[str]:
     return [head, *(f"{LEARNED if learned else OTHER}{visible(text)}" for learned, text in row["runs"])]
 
 
-def _text(ids: list[int], tokenizer: Tokenizer, names: dict[int, str]) -> str:
-    pieces = []
-    for special, group in groupby(ids, key=lambda token: token in names):
-        tokens = list(group)
-        pieces.append("".join(names[token] for token in tokens) if special else tokenizer.decode(tokens))
-    return "".join(pieces)
+def with_names(tokenizer: Tokenizer) -> Decode:
+    """A decoder that shows special tokens by their names."""
+    names = {token: name for name, token in tokenizer.special_ids.items()}
+
+    def decode(ids: Sequence[int]) -> str:
+        pieces = []
+        for special, group in groupby(ids, key=lambda token: token in names):
+            tokens = list(group)
+            pieces.append("".join(names[token] for token in tokens) if special else tokenizer.decode(tokens))
+        return "".join(pieces)
+
+    return decode

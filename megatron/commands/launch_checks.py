@@ -39,7 +39,11 @@ class CheckedRun:
 
 def check_run(path: Path, overrides: Sequence[str], processes: int, dry_run: bool = False) -> CheckedRun:
     """The run of a config. Raises what train would raise: ConfigError, DataError, ChangedPastError."""
-    config = load_config(path, overrides)
+    return check_config(load_config(path, overrides), path, processes, dry_run)
+
+
+def check_config(config: RunConfig, path: Path, processes: int, dry_run: bool = False) -> CheckedRun:
+    """The same of a config that is at hand; path: where it lies, or will lie."""
     output = Path(config.run.output)
     layout = resolve_layout(config.parallel, processes)
     ledger = read_ledger(output) if checkpoint_folders(output) else None

@@ -8,14 +8,14 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron.commands.launch_checks import CheckedRun, check_run
 from megatron.commands.launch_nodes import left_out
-from megatron.commands.launch_places import place_paths, sized, time_limit, written
-from megatron.commands.launch_slurm_arguments import parser, split
+from megatron.commands.launch_places import place_paths, sized, time_limit
+from megatron.commands.launch_slurm_arguments import parser, said_options, split
+from megatron.commands.launch_training import lead_in, training_head
 from megatron.config.errors import EXIT_DONE, ConfigError
-from megatron.launch.slurm_options import SlurmOptions, options_from, read_site
+from megatron.launch.slurm_options import SlurmOptions, read_site
 from megatron.launch.slurm_script import Head, Paths, Size
 from megatron.launch.slurm_submit import (
     keep_script,
@@ -26,11 +26,8 @@ from megatron.launch.slurm_submit import (
     trainer_of,
 )
 from megatron.launch.slurm_words import ArraySpec, parse_array, time_words
-from megatron.launch.stop_lead import StopLead, stop_lead
+from megatron.launch.stop_lead import StopLead
 from megatron.launch.training_script import TrainingJob, training_script
-
-START_SECONDS = 10
-"""That a start of ranks is taken to need at least, from the batch script's first line to the first step."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,11 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     ours, command = split(words)
     built = parser()
     args = built.parse_args(ours)
-    site = read_site(args.site) if args.site else {}
-    # what the line says of GPUs counts more than the site's habit
-    if site.pop("cpu", False) and args.gpus_per_node is None:
-        args.cpu = True
-    options = options_from(_given(args), site)
+    options = said_options(args, read_site(args.site) if args.site else {})
     said = f"stagemix launch_slurm {' '.join(map(shlex.quote, words))}"
     if command is not None:
         from megatron.commands.launch_slurm_data import launch_command
@@ -55,23 +48,6 @@ def main(argv: list[str] | None = None) -> int:
             "-- preprocess_data …; stagemix launch_slurm --help shows all"
         )
     return _launch_training(args, options, said)
-
-
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    given = dict(vars(args))
-    given["env"] = dict(_variable(words) for words in args.env or ())
-    if args.cpu:
-        if args.gpus_per_node:
-            raise ConfigError(f"--cpu and --gpus-per-node {args.gpus_per_node} contradict each other: leave one out")
-        given["gpus_per_node"] = 0
-    return given
-
-
-def _variable(words: str) -> tuple[str, str]:
-    name, equals, value = words.partition("=")
-    if not equals:
-        raise ConfigError(f"--env {words}: write NAME=VALUE; what is exported in this shell, sbatch hands on by itself")
-    return name, value
 
 
 def _launch_training(args: argparse.Namespace, options: SlurmOptions, said: str) -> int:
@@ -87,15 +63,12 @@ def _launch_training(args: argparse.Namespace, options: SlurmOptions, said: str)
         from megatron.commands.launch_slurm_data import server_options
 
         server_options(first, args, options)  # refuses before anything is submitted
-    lead = StopLead(options.lead, "as --lead says") if options.lead else _lead(runs, size)
-    if limit is not None and lead.seconds >= limit:
-        raise ConfigError(
-            f"--time {options.time}: the run is asked to stop {lead.seconds} s before the end ({lead.why}), and the "
-            f"whole time is {time_words(limit)}: give more time (hours:minutes:seconds), or --lead SECONDS"
-        )
-    _check_margin(runs, options, limit)
+    lead = lead_in(runs.values(), options, size, limit)
     avoided = left_out([run.output for run in runs.values()], options, size.nodes)
-    head = _head(runs, args, options, size, lead, limit, avoided.all, said)
+    name = first.config.run.name if len(runs) == 1 else f"{first.config.run.name}-array"
+    requeue = options.requeue is not False and not args.chain
+    array = None if None in runs else _array(runs, args, options).words
+    head = training_head(name, first, size, lead, limit, avoided.all, said, requeue, array)
     for note in dict.fromkeys(note for run in runs.values() for note in run.notes):
         print(f"note: {note}", file=sys.stderr, flush=True)
     if args.dry_run:
@@ -131,17 +104,6 @@ def _text(
     paths: Paths,
 ) -> str:
     return training_script(_job(runs, args, options, lead, _chain(script, args)), head, options, paths)
-
-
-def _check_margin(runs: Mapping[int | None, CheckedRun], options: SlurmOptions, limit: int | None) -> None:
-    """Raises ConfigError where so little time is given that no step could ever begin."""
-    margin = max(run.config.health.end_margin_seconds for run in runs.values())
-    if limit is not None and limit <= margin + START_SECONDS:
-        raise ConfigError(
-            f"--time {options.time}: {limit} s in all, of which the run keeps the last {margin} s free "
-            f"(health.end_margin_seconds), and its start takes {START_SECONDS} s or more: it would stop before its "
-            f"first step, again and again: give more time, or lower health.end_margin_seconds"
-        )
 
 
 def _check_together(args: argparse.Namespace, options: SlurmOptions) -> None:
@@ -231,9 +193,12 @@ def _refuse_second_trainer(runs: Mapping[int | None, CheckedRun], folder: Path) 
             )
 
 
-def _lead(runs: Mapping[int | None, CheckedRun], size: Size) -> StopLead:
-    leads = [stop_lead(run.output, size.nodes, run.checkpoint_bytes) for run in runs.values()]
-    return max(leads, key=lambda one: one.seconds)
+def _array(runs: Mapping[int | None, CheckedRun], args: argparse.Namespace, options: SlurmOptions) -> ArraySpec:
+    if options.array:
+        given = parse_array(options.array)
+    else:
+        given = ArraySpec(tuple(number for number in runs if number is not None))
+    return ArraySpec(given.ids, args.at_once or given.limit)
 
 
 def _job(
@@ -250,41 +215,6 @@ def _job(
         max_requeues=options.max_requeues,
         chain=chain,
         shutdown_seconds=lead.seconds,
-    )
-
-
-def _head(
-    runs: Mapping[int | None, CheckedRun],
-    args: argparse.Namespace,
-    options: SlurmOptions,
-    size: Size,
-    lead: StopLead,
-    limit: int | None,
-    excluded: Sequence[str],
-    said: str,
-) -> Head:
-    first = next(iter(runs.values()))
-    lines = [written(said), f"Layout: {first.layout} over {first.processes} processes."]
-    signal = None
-    if limit is not None:
-        why = f"SIGUSR1 to this script alone (B:) {lead.seconds} s before the time is over: {lead.why}"
-        signal = (f"B:USR1@{lead.seconds}", why)
-    array = None
-    if None not in runs:
-        given = (
-            parse_array(options.array)
-            if options.array
-            else ArraySpec(tuple(number for number in runs if number is not None))
-        )
-        array = ArraySpec(given.ids, args.at_once or given.limit).words
-    return Head(
-        name=first.config.run.name if len(runs) == 1 else f"{first.config.run.name}-array",
-        lines=lines,
-        size=size,
-        requeue=options.requeue is not False and not args.chain,
-        signal=signal,
-        array=array,
-        excluded=excluded,
     )
 
 

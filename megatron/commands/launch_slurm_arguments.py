@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron.launch.slurm_options import option_fields
+from megatron.config.errors import ConfigError
+from megatron.launch.slurm_options import SlurmOptions, option_fields, options_from
 
 EPILOG = """\
 One readable batch script is written (OUTPUT/slurm/0001-train.sbatch, the next 0002-…) and handed to sbatch. Config and
@@ -68,13 +70,14 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--site", type=Path, metavar="FILE", help="TOML file with a cluster's defaults of these options")
     built.add_argument("--cpu", action="store_true", help="no GPUs: processes of --tasks-per-node, by gloo")
     built.add_argument("--folder", type=Path, metavar="DIR", help="for scripts and logs (default: OUTPUT/slurm)")
-    _add_options(built)
+    add_options(built)
     _add_several(built)
     _add_serving(built)
     return built
 
 
-def _add_options(built: argparse.ArgumentParser) -> None:
+def add_options(built: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
+    """The options of a job, in their groups; those that are hidden, by their names, are read and not shown."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for one in option_fields():
         about = one.metadata
@@ -82,12 +85,14 @@ def _add_options(built: argparse.ArgumentParser) -> None:
             groups[about["group"]] = built.add_argument_group(about["group"])
         group = groups[about["group"]]
         flag, text = f"--{one.name.replace('_', '-')}", about["help"].replace("%", "%%")
+        if one.name in hidden:
+            text = argparse.SUPPRESS
         if about["kind"] == "switch":
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif about["kind"] == "number":
             group.add_argument(flag, type=int, metavar=about["metavar"] or "N", help=text)
         elif about["kind"] in ("list", "table"):
-            text += "; may be given more than once"
+            text += "; may be given more than once" if text != argparse.SUPPRESS else ""
             group.add_argument(flag, action="append", default=None, metavar=about["metavar"] or "WORDS", help=text)
         else:
             group.add_argument(
@@ -123,3 +128,32 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
         return words, None
     at = words.index("--")
     return words[:at], words[at + 1 :]
+
+
+def said_options(args: argparse.Namespace, site: Mapping[str, Any]) -> SlurmOptions:
+    """The options of a command line on top of a site's defaults; args.cpu becomes what both come to.
+
+    Raises ConfigError.
+    """
+    site = dict(site)
+    # what the line says of GPUs counts more than the site's habit
+    if site.pop("cpu", False) and args.gpus_per_node is None:
+        args.cpu = True
+    return options_from(_given(args), site)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    given = dict(vars(args))
+    given["env"] = dict(_variable(words) for words in args.env or ())
+    if args.cpu:
+        if args.gpus_per_node:
+            raise ConfigError(f"--cpu and --gpus-per-node {args.gpus_per_node} contradict each other: leave one out")
+        given["gpus_per_node"] = 0
+    return given
+
+
+def _variable(words: str) -> tuple[str, str]:
+    name, equals, value = words.partition("=")
+    if not equals:
+        raise ConfigError(f"--env {words}: write NAME=VALUE; what is exported in this shell, sbatch hands on by itself")
+    return name, value

@@ -14,8 +14,10 @@ from megatron.config.errors import EXIT_CHANGED_PAST, EXIT_DONE, CheckpointError
 from megatron.config.quantities import format_count
 from megatron.data.ledger import Ledger, ledger_rows
 from megatron.data.ledger_events import event_words, not_trained
+from megatron.data.stage_objective import StageObjective
 from megatron.planner.ledger_comparison import Difference, Parting, differences, parting, same_samples
 from megatron.planner.ledger_files import checkpoint_folders, read_ledger
+from megatron.planner.ledger_sides import side_by_side, stage_position
 
 EPILOG = """\
 example:
@@ -28,7 +30,7 @@ example:
 --json it prints "same", "a", "b", "differences" (each with "what", "words", "a", "b"), "parting" (with "sample",
 "reason", "known") and "rows".
 """
-_EXTRAS = ("unused", "skipped", "displaced")
+_EXTRAS = ("padding", "unused", "skipped", "skipped_documents", "truncated", "displaced")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _rows(ledger: Ledger) -> list[dict[str, Any]]:
-    """The ledger's rows with what was unused, skipped and displaced."""
+    """The ledger's rows with what was padding, unused, skipped, cut and displaced."""
     use = {(stage.name, name): taken for stage in ledger.stages for name, taken in stage.use.items()}
     rows = []
     for row in ledger_rows(ledger):
@@ -96,11 +98,17 @@ def _show(ledger: Ledger, console: Console) -> None:
         f"{format_count(ledger.consumed_tokens)} tokens; order {ledger.order_hash}"
     )
     rows = _rows(ledger)
+    if padding := sum(row["padding"] for row in rows):
+        share = padding / ledger.consumed_tokens
+        console.print(f"of these tokens {format_count(padding)} are padding ({share:.1%}); the table counts the others")
     groups = {(group["training_stage"], group["group"]): group for group in _groups(rows)}
     extras = [key for key in _EXTRAS if any(row[key] for row in rows)]
-    table = new_table("", "stage", "source", "samples", "target", "error", "tokens", "share", "epochs", *extras)
+    heads = [key.replace("_", " ") for key in extras]
+    table = new_table("", "stage", "source", "samples", "target", "error", "tokens", "share", "epochs", *heads)
     previous = ""
-    for row in sorted(rows, key=lambda row: (_position(row["training_stage"], ledger), row["group"], row["source"])):
+    for row in sorted(
+        rows, key=lambda row: (stage_position(row["training_stage"], ledger), row["group"], row["source"])
+    ):
         name = row["training_stage"]
         if previous and name != previous:
             table.add_section()
@@ -113,6 +121,9 @@ def _show(ledger: Ledger, console: Console) -> None:
     console.print(table)
     for name, source in sorted(ledger.sources.items()):
         console.print(f"{name}: {float(source.epochs):.4f} epochs of {format_count(source.epoch_tokens)} tokens so far")
+    for stage in ledger.stages:
+        if words := StageObjective.from_json(stage.objective).words():
+            console.print(f"{stage.name}: the loss is on {words}", soft_wrap=True)
     for event in ledger.events:
         console.print(f"event: {event_words(event)}", soft_wrap=True)
     if lost := not_trained(ledger.events):
@@ -140,7 +151,7 @@ def _diff(a: Path, b: Path | None, as_json: bool, console: Console) -> int:
         a, b = folders[-2], folders[-1]
     one, other = read_ledger(a), read_ledger(b)
     same, found, parted = same_samples(one, other), differences(one, other), parting(one, other)
-    rows = _side_by_side(one, other)
+    rows = side_by_side(one, other)
     if as_json:
         sides = {
             key: {"path": str(path), "consumed_samples": ledger.consumed_samples, "order": ledger.order_hash}
@@ -178,28 +189,3 @@ def _show_difference(
     where = f"they part at sample {parted.sample:,}: {parted.reason}" if parted.sample is not None else parted.reason
     console.print(where, soft_wrap=True)
     console.print("the same samples in the same order" if same else "not the same samples in the same order")
-
-
-_NONE: dict[str, Any] = {"samples": 0, "tokens": 0, "epochs": 0.0}
-
-
-def _side_by_side(one: Ledger, other: Ledger) -> list[dict[str, Any]]:
-    """Samples, tokens and epochs of both by stage and source."""
-    rows_a, rows_b = _by_key(one), _by_key(other)
-    result = []
-    for key in sorted({*rows_a, *rows_b}, key=lambda key: (_position(key[0], one, other), key[1])):
-        row_a, row_b = rows_a.get(key, _NONE), rows_b.get(key, _NONE)
-        row: dict[str, Any] = {"training_stage": key[0], "source": key[1]}
-        for what in _NONE:
-            row |= {f"{what}_a": row_a[what], f"{what}_b": row_b[what]}
-        result.append(row)
-    return result
-
-
-def _by_key(ledger: Ledger) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(row["training_stage"], row["source"]): row for row in ledger_rows(ledger)}
-
-
-def _position(name: str, *ledgers: Ledger) -> int:
-    names = [stage.name for ledger in ledgers for stage in ledger.stages]
-    return names.index(name)

@@ -58,6 +58,14 @@ def _show_stages(plan: dict[str, Any], console: Console) -> None:
     for stage in plan["stages"]:
         if len(stage["shapes"]) > 1:
             console.print(f"  {stage['name']}: batch x length {_shapes_in_full(stage)}\n", soft_wrap=True)
+    for stage in plan["stages"]:
+        if stage["padding"]:
+            share = stage["padding"] / stage["tokens"]
+            console.print(
+                f"  {stage['name']}: {stage['packing']}; {format_count(stage['padding'])} of its tokens are padding "
+                f"({share:.0%})\n",
+                soft_wrap=True,
+            )
     table = new_table("Learning rate at each boundary", "stage", "before", "after", "at its end", "jump")
     for stage in plan["stages"]:
         before, after = stage["lr_before"], stage["lr_start"]
@@ -91,7 +99,7 @@ def _in_groups(plan: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 
 def _show_tokens(plan: dict[str, Any], console: Console) -> None:
     names = [stage["name"] for stage in plan["stages"]]
-    totals = [stage["tokens"] for stage in plan["stages"]]
+    totals = [stage["tokens"] - stage["padding"] for stage in plan["stages"]]
     subtotals = {row["group"]: row for row in plan["groups"]}
     for part in in_chunks(names, 10, 40, console.width):
         last = part.stop == len(names)
@@ -126,7 +134,11 @@ def _token_cells(
     for number in part:
         tokens = row["tokens_by_stage"][number]
         cells.append(f"{format_count(tokens)} {_percent(tokens / totals[number]):>4}" if tokens else "·")
-    return [*cells, format_count(row["tokens"]), _percent(row["tokens"] / plan["tokens"])] if last else cells
+    return (
+        [*cells, format_count(row["tokens"]), _percent(row["tokens"] / (plan["tokens"] - plan["padding"]))]
+        if last
+        else cells
+    )
 
 
 def _percent(share: float) -> str:

@@ -145,6 +145,8 @@ def _speed(status: Mapping[str, Any]) -> str:
     if speed["aside_seconds"]:
         words += f" ({format_count(round(speed['tokens_per_second_with_all']))} with "
         words += ", ".join(_ASIDE.get(name, name) for name in speed["aside_seconds"]) + ")"
+    if padding := speed.get("padding_share"):
+        words += f" and {padding:.0%} padding"
     words += f", {speed['step_seconds']:.3g} s a step"
     return words + (f", MFU {speed['mfu']:.1%}" if speed["mfu"] is not None else "")
 

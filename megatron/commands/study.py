@@ -1,32 +1,38 @@
-"""`stagemix study`: several arms planned as one graph, in which what arms have in common is trained once."""
+"""`stagemix study`: several arms as one graph, in which what arms have in common is trained once."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron.commands import study_add_arm, study_report, study_run, study_slurm, study_status
+from megatron.commands.study_action import Action, choice_arguments, planned_study
+from megatron.commands.study_evaluate import ACTION as EVALUATE
 from megatron.commands.study_tables import show_study
 from megatron.commands.tables import console_for_tables
 from megatron.config.errors import EXIT_DONE, ConfigError
 from megatron.config.quantities import format_count
 from megatron.study.costs import check_processes, node_times
 from megatron.study.drawing import FORMATS, dot, ends_of, mermaid, tree_lines
-from megatron.study.plan import plan_study, study_plan
+from megatron.study.plan import study_plan
 from megatron.study.study_file import nearest
 
 EPILOG = """\
 examples:
   stagemix study plan examples/studies/paper-b/full.toml     # nodes, tokens, what arms share, warnings
   stagemix study graph examples/studies/paper-b/full.toml    # the tree of nodes alone
+  stagemix study run STUDY --report                          # trains, evaluates and reports; again: goes on
+  stagemix study run STUDY --slurm --nodes 4                 # the same as jobs of SLURM
+  stagemix study status STUDY                                # where it is
+  stagemix study add-arm STUDY cooled --from text/on --stage cooldown
 
-`stagemix study plan --help` explains one of them.
+`stagemix study run --help` explains one of them. --arm and --seeds choose a part of a study, in all of them.
 
 exit codes: 0 done · 2 the study or one of its files cannot be carried out as written · 3 data or a tokenizer that is
-there is broken (docs/exit-codes.md)
+there is broken; each action has more (docs/exit-codes.md)
 """
 PLAN_EPILOG = """\
 examples:
@@ -63,28 +69,28 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     top = argparse.ArgumentParser(
         prog="stagemix study",
-        description="Plans a study: arms of training stages that share trunks, in one TOML file (docs/studies.md).",
+        description="Arms of training stages that share trunks, in one TOML file (docs/studies.md).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     below = top.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, (line, epilog, _) in ACTIONS.items():
+    for name, action in ACTIONS.items():
         one = below.add_parser(
-            name, help=line, description=line, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=action.line,
+            description=action.line,
+            epilog=action.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         one.add_argument("study", metavar="STUDY", type=Path, help="the study's TOML file (see examples/studies/)")
-        one.add_argument(
-            "--arm",
-            action="append",
-            default=[],
-            metavar="NAME",
-            help="an arm, or a pattern of arms; may be given again",
-        )
-        if name == "graph":
-            one.add_argument("--format", choices=FORMATS, default="tree", help="default tree")
-        else:
-            _plan_arguments(one)
+        if action.chooses:
+            choice_arguments(one)
+        action.arguments(one)
     return top
+
+
+def _graph_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--format", choices=FORMATS, default="tree", help="default tree")
 
 
 def _plan_arguments(one: argparse.ArgumentParser) -> None:
@@ -111,8 +117,10 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words and not words[0].startswith("-") and words[0] not in ACTIONS:
         raise ConfigError(f"study {words[0]}: no such action: {nearest(words[0], ACTIONS, 'there are')}")
+    if words[:1] == ["run"] and "--slurm" in words:
+        return study_slurm.main(words[1:])
     args = parser().parse_args(words)
-    return ACTIONS[args.action][2](args)
+    return ACTIONS[args.action].run(args)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -140,7 +148,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _planned(args: argparse.Namespace) -> dict[str, Any]:
-    planned = plan_study(args.study, args.arm)
+    planned = planned_study(args)
     if getattr(args, "hardware", None) is None:
         return study_plan(planned)
     from megatron.planner.hardware import find_accelerator
@@ -172,7 +180,18 @@ def _print_graph(plan: dict[str, Any], form: str) -> int:
     return EXIT_DONE
 
 
-ACTIONS: dict[str, tuple[str, str, Callable[[argparse.Namespace], int]]] = {
-    "plan": ("Prints nodes, tokens, what arms share and what they don't, mixtures and warnings.", PLAN_EPILOG, _plan),
-    "graph": ("Prints the graph of nodes alone.", GRAPH_EPILOG, _graph),
+ACTIONS: dict[str, Action] = {
+    "plan": Action(
+        "Prints nodes, tokens, what arms share and what they don't, mixtures and warnings.",
+        PLAN_EPILOG,
+        _plan_arguments,
+        _plan,
+    ),
+    "graph": Action("Prints the graph of nodes alone.", GRAPH_EPILOG, _graph_arguments, _graph),
+    "run": study_run.ACTION,
+    "status": study_status.ACTION,
+    "add-arm": study_add_arm.ACTION,
+    "evaluate": EVALUATE,
+    "report": study_report.ACTION,
 }
+"""By name, as `--help` lists them. A new one: `study_NAME.py` with an `ACTION`, and a line here."""

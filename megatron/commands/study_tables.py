@@ -60,11 +60,12 @@ def _show_totals(plan: Mapping[str, Any], console: Console) -> None:
         for note in hardware["notes"]:
             console.print(f"  {note}", soft_wrap=True)
     disk = plan["disk_bytes"]
-    words = "not known without model.vocab_size" if disk is None else _bytes(disk)
+    words = "not known without model.vocab_size" if disk is None else as_bytes(disk)
     console.print(f"  disk when all is done, checkpoints and one export a node: {words}\n")
 
 
-def _bytes(number: int) -> str:
+def as_bytes(number: int) -> str:
+    """Bytes for people, in powers of a thousand."""
     scale, unit = (10**12, "TB") if number >= 10**12 else (10**9, "GB") if number >= 10**9 else (10**6, "MB")
     return f"{number / scale:.3g} {unit}"
 
@@ -86,7 +87,7 @@ def _show_nodes(plan: Mapping[str, Any], console: Console) -> None:
         cells = [row["id"][:8], row["label"], format_count(row["tokens"]), f"{row['steps']:,}"]
         if hours:
             cells.append("?" if row["gpu_hours"] is None else f"{row['gpu_hours']:,.0f}")
-        cells.append("" if row["disk_bytes"] is None else _bytes(row["disk_bytes"]))
+        cells.append("" if row["disk_bytes"] is None else as_bytes(row["disk_bytes"]))
         table.add_row(*cells, _some(row["arms"]))
     console.print(table)
 

@@ -23,6 +23,9 @@ from megatron.config.schema import ModelSection
 VOCABULARY_MULTIPLE = 64
 """The embedding's rows are padded to a multiple of this, so that GEMMs stay aligned. Padding is never data."""
 
+NO_FUNCTION = {"document_mask", "family", "hidden_dropout", "initializer_range", "max_position_embeddings"}
+"""Fields of a ModelShape in which weights that are put together may differ: they say how to train, or how far."""
+
 _MUST_BE_SAID = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 

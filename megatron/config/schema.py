@@ -57,6 +57,7 @@ class SourceSection(Section):
     group: str | None = Field(None, description="for example code or text; default: the source's own name")
     data: list[str] = Field(default_factory=list, description="prefixes of .bin/.idx, in order")
     tokens: Count | None = Field(None, description='planning without data: "503B"')
+    documents: Count | None = Field(None, description="planning without data, for padded stages: how many it has")
     max_epochs: Annotated[Decimal, Field(gt=0)] = Field(Decimal(1), description="repetition cap over the whole run")
     dry: Literal["error", "repeat", "renormalise"] = Field("error", description="what happens at the cap")
     slice: tuple[Share, Share] = Field((Decimal(0), Decimal(1)), description="share of its documents, by position")
@@ -231,6 +232,38 @@ class StageSection(Section):
     fim: dict[str, Share] = Field(
         default_factory=dict, description="fill-in-the-middle rates of this stage by source or group, instead of theirs"
     )
+    objective: Literal["language-modelling", "instruction"] = Field(
+        "language-modelling", description="the loss on every token, or on those that the sources' masks mark"
+    )
+    whole_loss: list[str] = Field(
+        default_factory=list, description="instruction: sources or groups whose loss is on every token all the same"
+    )
+    packing: Literal["packed", "padded"] = Field(
+        "packed", description="documents one behind the other, or one in each sample and the rest of it empty"
+    )
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        "error", description="padded: what happens to documents that are longer than a sample; counted in the ledger"
+    )
+    weigh_by: Literal["samples", "loss-tokens"] = Field(
+        "samples", description="what the mixture's weights are shares of; loss-tokens: as the sources' masks count them"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> StageSection:
+        if self.objective != "instruction" and self.whole_loss:
+            raise ValueError(
+                "whole_loss needs objective = 'instruction': without it the loss is on every token of every source"
+            )
+        if self.objective != "instruction" and self.weigh_by == "loss-tokens":
+            raise ValueError(
+                "weigh_by = 'loss-tokens' needs objective = 'instruction': without it every token is a loss token, so "
+                "that shares of samples are shares of loss tokens"
+            )
+        if self.packing != "padded" and self.too_long != "error":
+            raise ValueError(
+                f"too_long = {self.too_long!r} needs packing = 'padded': packed samples hold documents of any length"
+            )
+        return self
 
 
 class ParallelSection(Section):
@@ -293,6 +326,9 @@ class CheckpointSection(Section):
 
     every: int = Field(1000, ge=1, description="steps")
     keep: int = Field(3, ge=1, description="newest checkpoints kept; those at stage ends are kept besides")
+    keep_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="steps after which the run saves besides, and keeps what it saved"
+    )
     asynchronous: bool = Field(False, description="training goes on while files are written")
 
 

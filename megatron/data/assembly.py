@@ -9,7 +9,7 @@ an opened file that fetches the byte ranges of a batch (fsspec's `cat_ranges`) a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -71,9 +71,9 @@ class SampleTokens:
 
 def assemble(sample: Sample, source: OpenSource, seq_length: int) -> SampleTokens:
     """Reads a sample. Each target is the next token of the same document, also where that lies beyond the sample; a
-    document's last token has none. The spans of `sample.fim` are rearranged before their targets are taken, and their
-    last token has none. What a validation window that is shorter than a sample leaves is one more span, of id 0 and
-    without targets.
+    document's last token has none; of a masked sample only those that the source's loss mask marks are targets. The
+    spans of `sample.fim` are rearranged before their targets are taken, and their last token has none. What a
+    validation window that is shorter than a sample leaves is one more span, of id 0 and without targets.
 
     Raises IndexError for spans outside the documents, ValueError for spans longer than the sample or backward,
     DataError where a file has changed since it was opened.
@@ -84,9 +84,11 @@ def assemble(sample: Sample, source: OpenSource, seq_length: int) -> SampleToken
         np.empty(seq_length, np.int32),
         np.empty(seq_length, np.int64),
     )
-    bounds = gather([source.opened().files], [sample.pieces], out)
+    bounds = gather([source.opened().files], [sample.pieces], out, [0] if sample.masked else ())
     if sample.fim:
         _rearrange(sample, out.tokens, out.targets)
+    if sample.padded:
+        _pad(sample, out.tokens)
     return SampleTokens(out.tokens, out.targets, out.document_ids, out.position_ids, bounds, sample.source_id)
 
 
@@ -96,23 +98,28 @@ def assemble_batch(samples: Sequence[Sample], sources: Mapping[str, OpenSource],
     Gives the bounds of all spans over the rows laid end to end, int32 [spans + 1]: 0, the end of each span, b * T,
     which is what flash attention's variable-length kernels take as cu_seqlens.
     """
-    bounds = gather([sources[sample.source].opened().files for sample in samples], [s.pieces for s in samples], out)
+    files, masked = [sources[sample.source].opened().files for sample in samples], [s.masked for s in samples]
+    bounds = gather(files, [s.pieces for s in samples], out, [row for row, is_so in enumerate(masked) if is_so])
     for row, sample in enumerate(samples):
         if sample.fim:
             _rearrange(sample, out.tokens[row], out.targets[row])
+        if sample.padded:
+            _pad(sample, out.tokens[row])
     return bounds
 
 
-def gather(files: Sequence[SourceFiles], spans: Sequence[Spans], out: BatchArrays) -> Bounds:
+def gather(
+    files: Sequence[SourceFiles], spans: Sequence[Spans], out: BatchArrays, masked: Collection[int] = ()
+) -> Bounds:
     """Fills one row of `out` for each sample, from the files of its source and its spans; gives the spans' bounds.
 
-    What spans leave of a row is one more span, of id 0. Raises as `assemble` does; what `out` then holds is not
-    defined.
+    masked: the rows whose targets are only those tokens that the files' loss masks mark. What spans leave of a row is
+    one more span, of id 0. Raises as `assemble` does; what `out` then holds is not defined.
     """
     extension = native()
-    readers = [source.reader for source in files]
+    readers = [source.masked_reader if row in masked else source.reader for row, source in enumerate(files)]
     if extension is None or None in readers:
-        return gather_twin(files, spans, out)
+        return gather_twin(files, spans, out, masked)
     try:
         bounds: Bounds = extension.gather(readers, spans, out.tokens, out.targets, out.document_ids, out.position_ids)
     except RuntimeError as error:
@@ -120,7 +127,9 @@ def gather(files: Sequence[SourceFiles], spans: Sequence[Spans], out: BatchArray
     return bounds
 
 
-def gather_twin(files: Sequence[SourceFiles], spans: Sequence[Spans], out: BatchArrays) -> Bounds:
+def gather_twin(
+    files: Sequence[SourceFiles], spans: Sequence[Spans], out: BatchArrays, masked: Collection[int] = ()
+) -> Bounds:
     """Defines `gather`."""
     rows = len(files)
     if not rows or len(spans) != rows or out.tokens.size % rows:
@@ -142,6 +151,9 @@ def gather_twin(files: Sequence[SourceFiles], spans: Sequence[Spans], out: Batch
             tokens[row, at:stop] = ids[: end - start]
             targets[row, at:stop] = IGNORED_TARGET
             targets[row, at : at + len(ids) - 1] = ids[1:]
+            if row in masked:  # the target at a place is the token after it, and so is the bit that speaks of it
+                learned = files[row].learned(document, start + 1, end + 1)
+                targets[row, at : at + len(ids) - 1][~learned] = IGNORED_TARGET
             documents[row, at:stop] = number
             positions[row, at:stop] = np.arange(end - start)
             at, number = stop, number + 1
@@ -151,6 +163,11 @@ def gather_twin(files: Sequence[SourceFiles], spans: Sequence[Spans], out: Batch
             positions[row, at:] = np.arange(length - at)
             ends.append((row + 1) * length)
     return np.array(ends, dtype=np.int32)
+
+
+def _pad(sample: Sample, tokens: Ids) -> None:
+    """Fills the rest of a padded row, a span of its own without targets, with the id that stands for nothing."""
+    tokens[sum(piece.end - piece.start for piece in sample.pieces) :] = sample.padding_id
 
 
 def _rearrange(sample: Sample, tokens: Ids, targets: Ids) -> None:
@@ -208,8 +225,10 @@ def loaded_sums(
         seq_length: places of a sample.
     """
     ahead: dict[str, int] = {}
-    cursors = [0] * len(batch)
+    cursors = [sample.cursor for sample in batch]
     for place in reversed(range(len(batch))):
+        if batch[place].padded:  # how far it moves its source is not the same for all
+            continue
         name = batch[place].source
         ahead[name] = ahead.get(name, 0) + seq_length
         cursors[place] = cursors_after[name] - ahead[name]

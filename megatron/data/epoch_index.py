@@ -130,6 +130,10 @@ class SourceOrder:
             order = self._ready(epoch)
         return order.rows(offset, length, window, block_key, start, count, cut, phase)
 
+    def document_lengths(self, documents: Integers) -> Integers:
+        """Tokens of documents that are numbered through the source, int64 of the same length."""
+        return self.files.document_lengths(documents)
+
     def tokens_for(self, span: Span, extra: int = 1) -> npt.NDArray[np.integer]:
         """The ids of a span and, where the document goes on, of up to `extra` positions after it (for targets)."""
         return self.files.tokens(span.document, span.start, span.end + extra)

@@ -13,7 +13,9 @@ nothing but the standard library, and sees any damage, where a crc32 (as fast) w
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import socket
 import struct
 import sys
 import tempfile
@@ -83,6 +85,7 @@ def open_or_build(folder: Path, key: IndexKey, build: Callable[[], Words]) -> Wo
         print(f"warning: epoch index {path} is damaged ({damage}): building it anew", file=sys.stderr, flush=True)
     except OSError as error:
         raise StorageError(f"{path}: this epoch index cannot be read: {error.strerror or error}") from error
+    began = time.perf_counter()
     sums = build()
     try:
         publish(path, key, sums)
@@ -91,7 +94,21 @@ def open_or_build(folder: Path, key: IndexKey, build: Callable[[], Words]) -> Wo
             f"{folder}: the epoch index {path.name} cannot be written: {error.strerror or error}. Set [data] cache to "
             "a folder that can be written, or build the index once where this one can be"
         ) from error
+    _note(folder, path.name, time.perf_counter() - began)
     return read_index(path, key)
+
+
+def builds_of(folder: Path) -> Path:
+    """Where it is noted which indexes of a folder were built: a line each, {"file", "time" (unix seconds, at its end),
+    "seconds", "host", "pid"}. Beside the folder, so that nothing but indexes lies in it; where that cannot be
+    written, it is not noted."""
+    return folder.with_name(f"{folder.name}.jsonl")
+
+
+def _note(folder: Path, name: str, seconds: float) -> None:
+    row = {"file": name, "time": time.time(), "seconds": seconds, "host": socket.gethostname(), "pid": os.getpid()}
+    with contextlib.suppress(OSError), open(builds_of(folder), "ab", buffering=0) as file:
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def read_index(path: Path, key: IndexKey) -> Words:

@@ -99,6 +99,10 @@ class IndexedDataset:
         start, end = self._document_range(document)
         return end - start
 
+    def document_start(self, document: int) -> int:
+        """Token offset in `.bin` of one document, in constant time."""
+        return self._document_range(document)[0]
+
     def tokens(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
         """Ids [start, end) of a document: a read-only view of the mapped file in the file's own dtype."""
         first, last = self._document_range(document)

@@ -25,7 +25,12 @@ _MASK = 2**64 - 1
 @dataclass
 class SourceUse:
     """What one training stage has taken of one source. `start` is the cursor state when the stage began; `unused` are
-    the tokens below one sample that the source's cap left when the stage ended."""
+    the tokens below one sample that the source's cap left when the stage ended.
+
+    Of a padded stage: `tokens` are input positions that hold a token, `padding` those that hold none · skipped: tokens
+    that were passed over or cut off, skipped_documents: documents of which nothing was taken, truncated: documents that
+    were cut.
+    """
 
     samples: int = 0
     tokens: int = 0
@@ -33,6 +38,9 @@ class SourceUse:
     skipped: int = 0
     displaced: int = 0
     start: dict[str, int] = field(default_factory=dict)
+    padding: int = 0
+    skipped_documents: int = 0
+    truncated: int = 0
 
 
 @dataclass
@@ -42,7 +50,9 @@ class StageRecord:
     planned_samples: its length, which may be edited while it runs · resolved_samples: the length that its weights were
     resolved for when it began, which never changes: phases and ramps stay where they were · shapes: rows of start,
     sequence length and batch · fim: by source, the rate of fill-in-the-middle and its share with the suffix first ·
-    run_tokens: `train.tokens` when it began · fim_sentinels: ids of prefix, middle and suffix, where there is a rate.
+    run_tokens: `train.tokens` when it began · fim_sentinels: ids of prefix, middle and suffix, where there is a rate ·
+    objective: `StageObjective.to_json`, empty where the loss is on every token · packing: `packing_words`, and padded:
+    of each source the samples, their tokens and all tokens of an epoch.
     """
 
     name: str
@@ -64,6 +74,9 @@ class StageRecord:
     samples: int = 0
     use: dict[str, SourceUse] = field(default_factory=dict)
     resolved_samples: int = 0
+    objective: dict[str, Any] = field(default_factory=dict)
+    packing: str = "packed"
+    padded: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.resolved_samples = self.resolved_samples or self.planned_samples

@@ -4,6 +4,8 @@
     spike         a step made no update: its samples were consumed, and not trained on
     rolled-back   training went on from an earlier step; the steps in between were taken back
     passed-over   batches that were consumed and not trained on, in one stage, as a roll-back said
+    averaged      weights of several checkpoints were averaged, this ledger's among them; those of the others say what
+                  they were trained on
 
 Samples of "spike" and "passed-over" count in every table of the ledger: order, cursors and learning rate are those of
 an undisturbed run. `not_trained` says how much of it the weights have not seen.
@@ -11,7 +13,7 @@ an undisturbed run. `not_trained` says how much of it the weights have not seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron.config.quantities import format_count
@@ -28,6 +30,12 @@ def spike_event(stage: str, step: int, samples: tuple[int, int], tokens: Mapping
 def roll_back_event(roll_back: Mapping[str, Any]) -> Event:
     """A roll-back, from what the run's state keeps of it."""
     return {"event": "rolled-back", **roll_back}
+
+
+def averaged_event(stage: str, step: int, sample: int, members: Sequence[Mapping[str, Any]]) -> Event:
+    """Averaged checkpoints. stage, step, sample: where the first of them stands · members: of each "path", "step",
+    "share" (a fraction in words) and "manifest" (its SHA-256)."""
+    return {"event": "averaged", "stage": stage, "step": step, "sample": sample, "members": [dict(m) for m in members]}
 
 
 def pass_over(
@@ -85,6 +93,11 @@ def event_words(event: Mapping[str, Any]) -> str:
             f"steps {first:,} to {last:,} of stage {stage!r} were passed over because of the spike at step "
             f"{event['spike']:,}: their {_samples(event)} were consumed and not trained on"
         )
+    if kind == "averaged":
+        members = ", ".join(
+            f"{member['share']} of {member['path']} (step {member['step']:,})" for member in event["members"]
+        )
+        return f"after step {event['step']:,} of stage {stage!r} the weights became an average: {members}"
     return ", ".join(f"{key} {value}" for key, value in event.items())
 
 

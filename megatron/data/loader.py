@@ -6,7 +6,7 @@ Batches come in the stream's order, whatever the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,8 @@ class Microbatch:
     bounds over the rows laid end to end: 0, the end of each piece, b * T · longest_piece: its positions (flash
     attention's max_seqlen) · source_ids [b] int64, numbering sources by name · sample_numbers [b] int64, the rows'
     numbers among all samples of the run (0 for held-out rows, which are none of them).
+
+    What the document of a padded sample leaves of its row is one more piece, without targets.
     """
 
     tokens: Tensor
@@ -56,7 +58,8 @@ class Batch:
     Of the rows that were read, and so sums over data ranks give those of the global batch (the latter two modulo
     2^64): microbatches · valid_targets: targets that count · digest: 64 bits over (sample number, place, id) of every
     input, independent of layout and micro-batch · loaded: what these samples add to the two sums of the order hash
-    (`assembly.loaded_sums`). Of the global batch on every rank: samples, tokens (input positions), samples_by_source.
+    (`assembly.loaded_sums`). Of the global batch on every rank: samples, tokens (input positions), padding (those of
+    them that hold no token of a document), samples_by_source.
     """
 
     microbatches: list[Microbatch]
@@ -71,6 +74,7 @@ class Batch:
     loaded: tuple[int, int]
     samples_by_source: dict[str, int] = field(default_factory=dict)
     passed_over: bool = False
+    padding: int = 0
 
 
 class BatchLoader:
@@ -189,6 +193,7 @@ class BatchLoader:
             position=position,
             samples_by_source=by_source,
             passed_over=passed_over,
+            padding=sum(seq_length - sample.pieces[0].end for sample in samples if sample.padded),
         )
         return partial(self._read, made, samples, mine, cursors, seq_length)
 
@@ -235,16 +240,22 @@ def read_microbatch(
 
 
 def validation_batches(
-    sources: Mapping[str, OpenSource], seq_length: int, micro_batch_size: int, samples: int
+    sources: Mapping[str, OpenSource],
+    seq_length: int,
+    micro_batch_size: int,
+    samples: int,
+    masked: Collection[str] = (),
 ) -> list[Microbatch]:
-    """Microbatches over held-out documents of every source that has data, at most `samples` sequences of each."""
+    """Microbatches over held-out documents of every source that has data, at most `samples` sequences of each; of those
+    in `masked` only the targets count that their loss masks mark."""
     windows = []
     for source in sources.values():
         if source.order is None:
             continue
         for spans in source.order.validation_spans(seq_length, samples):
             pieces = [EpochSpan(0, span.document, span.start, span.end) for span in spans]
-            windows.append(Sample(0, "validation", source.name, source.source_id, pieces))
+            is_masked = source.name in masked
+            windows.append(Sample(0, "validation", source.name, source.source_id, pieces, masked=is_masked))
     return [
         read_microbatch(windows[start : start + micro_batch_size], sources, seq_length)
         for start in range(0, len(windows), micro_batch_size)

@@ -24,6 +24,7 @@ from megatron.data.indexed_format import path_of, refuse
 SUFFIX, FIELD = ".mask", "loss_mask"
 _FORMAT = 1
 _CHUNK_BYTES = 1 << 24
+_COUNTED_AT_ONCE = 1 << 24
 
 
 def has_loss_mask(manifest: Mapping[str, Any] | None) -> bool:
@@ -82,6 +83,27 @@ class LossMask:
         first = start // 8
         unpacked = np.unpackbits(self.packed[first : -(-end // 8)], bitorder="little").view(np.bool_)
         return unpacked[start - first * 8 : end - first * 8]
+
+    def targets_by_document(self, starts: NDArray[np.int64], longest: int | None = None) -> NDArray[np.int64]:
+        """How many targets each document has that are marked, int64 [documents]; its first token is no target.
+
+        starts: offset of each document and of the end, `IndexedDataset.document_starts`. longest: of each document only
+        so many targets are looked at, from its second token on. Reads the mask through once.
+        """
+        counts = np.zeros(len(starts) - 1, np.int64)
+        lengths = np.diff(starts)
+        held = np.flatnonzero(lengths > 1)
+        begins = starts[held] + 1
+        ends = begins + np.minimum(lengths[held] - 1, lengths.max(initial=0) if longest is None else longest)
+        first = 0
+        while first < len(held):
+            last = max(first + 1, int(np.searchsorted(ends, begins[first] + _COUNTED_AT_ONCE, side="right")))
+            origin, end = int(begins[first]), int(ends[last - 1])
+            marked = np.append(self.bits(origin, end).view(np.uint8), np.uint8(0))
+            edges = np.column_stack((begins[first:last], ends[first:last])).ravel() - origin
+            counts[held[first:last]] = np.add.reduceat(marked, edges, dtype=np.int64)[::2]
+            first = last
+        return counts
 
     def count(self, start: int, end: int) -> int:
         """How many of tokens start … end - 1 are targets."""

@@ -9,9 +9,12 @@ from typing import Any
 
 from megatron.config.errors import ChangedPastError, ConfigError
 from megatron.config.schema import StageSection
+from megatron.data.document_counts import PaddedEpoch
+from megatron.data.document_stream import packing_words
 from megatron.data.fim import FimSentinels
 from megatron.data.ledger import ALGORITHM, Ledger, SourceRecord, StageRecord
 from megatron.data.schedule import Schedule, TrainingStage
+from megatron.data.stage_objective import StageObjective
 from megatron.data.stage_resolution import FrozenStage
 from megatron.data.weight_function import WeightFunction
 
@@ -31,6 +34,8 @@ def frozen_stages(ledger: Ledger) -> list[FrozenStage]:
             shapes=record.stage_shapes,
             shape_words=record.shape_words,
             run_tokens=record.run_tokens,
+            padded={name: PaddedEpoch(*row) for name, row in record.padded.items()},
+            objective=StageObjective.from_json(record.objective),
         )
         for index, record in enumerate(ledger.stages)
     ]
@@ -171,7 +176,9 @@ def _changed_stage(record: StageRecord, stage: TrainingStage, running: bool) -> 
     for what, then, now in (
         ("batch x sequence length", record.stage_shapes, stage.shapes),
         ("cursor", record.cursor, stage.cursor),
+        ("packing", record.packing, packing_words(stage.documents)),
         ("fill-in-the-middle rates", record.fim, fim),
+        *StageObjective.from_json(record.objective).differences(stage.objective),
     ):
         if then != now:
             differences.append(f"{where}: its {what} was {then} and is now {now}")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron.data.document_stream import DocumentRule, TakenDocuments, packing_words
 from megatron.data.fim import DISPLACED, FimRule, FimSentinels
 from megatron.data.ledger import (
     Ledger,
@@ -29,12 +30,16 @@ from megatron.data.source_stream import CursorState, EpochSpan, SourceStream
 from megatron.data.sources import OpenSource
 from megatron.data.stage_shapes import ShapeStep, StageShapes
 
+_PASSED_AT_ONCE = 1 << 16  # documents
+
 
 @dataclass(frozen=True)
 class Sample:
     """One sample: where it comes from, as half-open input positions within documents.
 
-    fim: numbers of the pieces that `fim_rule` rearranges when the sample is read.
+    fim: numbers of the pieces that `fim_rule` rearranges when the sample is read · masked: only those of its targets
+    count that the source's loss mask marks · cursor: where it stands in its source's stream, in tokens · padded: it is
+    one document, and what that leaves of the sample is filled with padding_id.
     """
 
     number: int
@@ -44,6 +49,18 @@ class Sample:
     pieces: list[EpochSpan]
     fim: tuple[int, ...] = ()
     fim_rule: FimRule | None = None
+    masked: bool = False
+    cursor: int = 0
+    padded: bool = False
+    padding_id: int = 0
+
+
+class _Taken(NamedTuple):
+    """Of a sample, what its source's stream gave: see `Sample`."""
+
+    pieces: list[EpochSpan]
+    fim: tuple[int, ...]
+    cursor: int
 
 
 def record_of(stage: TrainingStage, lr: Mapping[str, Any], run_tokens: int | None) -> StageRecord:
@@ -63,6 +80,9 @@ def record_of(stage: TrainingStage, lr: Mapping[str, Any], run_tokens: int | Non
         fim={name: rates.to_json() for name, rates in stage.fim.items()},
         lr=dict(lr),
         run_tokens=run_tokens,
+        objective=stage.objective.to_json(),
+        packing=packing_words(stage.documents),
+        padded={name: list(epoch) for name, epoch in stage.padded.items()},
     )
 
 
@@ -77,12 +97,15 @@ class SampleStream:
         lr_records: tuple[Mapping[str, Any], ...] = (),
         taken_cursors: Mapping[int, Ledger] | None = None,
         fim_sentinels: FimSentinels | None = None,
+        padding_id: int = 0,
     ) -> None:
+        """padding_id: what fills the rest of padded samples; no result depends on it."""
         self._schedule = schedule
         self._sources = sources
         self._lr_records = lr_records
         self._taken = taken_cursors or {}
         self._fim_sentinels = fim_sentinels
+        self._padding_id = padding_id
         self._fim_rules: dict[str, FimRule] = {}
         self.ledger = ledger
         self._words = {name: fingerprint_word(source.fingerprint) for name, source in sources.items()}
@@ -90,7 +113,9 @@ class SampleStream:
         self._renew_unused()
         for stage in schedule.stages[max(0, len(ledger.stages) - 1) :]:
             for name in stage.weights.sources:
-                sources[name].opened()  # fails now, not at the stage that first needs it
+                files = sources[name].opened().files  # fails now, not at the stage that first needs it
+                if name in stage.objective.masks:
+                    _ = files.masks
         self._mixture: MixtureStream | None = None
         self._stage: TrainingStage | None = None
         if ledger.stages:
@@ -131,29 +156,24 @@ class SampleStream:
         shape = stage.shape_at(first - stage.start_sample)
         chosen = [stage.weights.sources[index] for index in self._mixture.take(shape.global_batch_size).tolist()]
         record = self.ledger.stages[-1]
-        cursors = [0] * len(chosen)
-        pieces: list[list[EpochSpan]] = [[]] * len(chosen)
-        rearranged: list[tuple[int, ...]] = [()] * len(chosen)
+        taken: list[_Taken] = [_Taken([], (), 0)] * len(chosen)
         for name in dict.fromkeys(chosen):
             places = [place for place, source in enumerate(chosen) if source == name]
-            stream = self._streams[name]
-            for turn, place in enumerate(places):
-                cursors[place] = stream.state.cursor + turn * shape.seq_length
-            if owned is None or any(place in owned for place in places):
-                rows = stream.take_rows(len(places) * shape.seq_length, shape.seq_length)
-                cut = cut_into_samples(rows, shape.seq_length, self._fim_rules.get(name))
-                for place, (spans, fim) in zip(places, cut, strict=True):
-                    pieces[place], rearranged[place] = spans, fim
-                    if owned is None or place in owned:
-                        record.use[name].displaced += DISPLACED * len(fim)
+            if stage.documents is not None:  # how far a document goes is seen when it is looked up: all ranks do
+                given = self._take_documents(name, len(places), stage.documents)
             else:
-                stream.skip(len(places), shape.seq_length)
-            self._count(record, name, len(places), shape.seq_length)
+                look_up = owned is None or any(place in owned for place in places)
+                given = self._take_packed(name, len(places), shape.seq_length, look_up)
+            for place, one in zip(places, given, strict=True):
+                taken[place] = one
+                if owned is None or place in owned:
+                    record.use[name].displaced += DISPLACED * len(one.fim)
         record.samples += len(chosen)
         if record.finished:
             self._note_unused(stage, record)
         words = np.array([self._words[name] for name in chosen], dtype=np.uint64)
         numbers = range(first, first + len(chosen))
+        cursors = [one.cursor for one in taken]
         add_to_order(self.ledger.order, order_sums(numbers, words, cursors, shape.seq_length))
         return [
             Sample(
@@ -161,18 +181,57 @@ class SampleStream:
                 stage.name,
                 name,
                 self._sources[name].source_id,
-                pieces[place],
-                rearranged[place],
+                taken[place].pieces,
+                taken[place].fim,
                 self._fim_rules.get(name),
+                name in stage.objective.masks,
+                cursors[place],
+                stage.documents is not None,
+                self._padding_id,
             )
             for place, name in enumerate(chosen)
         ]
 
     def _note_unused(self, stage: TrainingStage, record: StageRecord) -> None:
+        if stage.documents is not None:  # what is left are whole documents, which a later stage may take
+            return
         below = leftover_bound(stage.shapes)
         for name, use in record.use.items():
             left = stage.facts[name].cap_tokens - self.ledger.sources[name].lifetime_tokens
             use.unused = left if stage.facts[name].dry != "repeat" and 0 < left < below else 0
+
+    def _take_packed(self, name: str, count: int, seq_length: int, look_up: bool) -> list[_Taken]:
+        """The next samples of a source, one behind the other in its stream; without pieces where not looked up."""
+        stream = self._streams[name]
+        cursors = [stream.state.cursor + turn * seq_length for turn in range(count)]
+        if look_up:
+            rows = stream.take_rows(count * seq_length, seq_length)
+            cut = cut_into_samples(rows, seq_length, self._fim_rules.get(name))
+        else:
+            stream.skip(count, seq_length)
+            cut = [([], ())] * count
+        self._count(self.ledger.stages[-1], name, count, seq_length)
+        return [_Taken(spans, fim, cursor) for (spans, fim), cursor in zip(cut, cursors, strict=True)]
+
+    def _take_documents(self, name: str, count: int, rule: DocumentRule) -> list[_Taken]:
+        """The next documents of a source, a sample each."""
+        taken, fim = self._streams[name].take_documents(count, rule), self._fim_rules.get(name)
+        self._count_documents(self.ledger.stages[-1], name, taken, rule)
+        chosen = [False] * count if fim is None else fim.chosen(taken.rows).tolist()
+        columns = taken.rows.tolist(), taken.cursors.tolist(), chosen
+        return [_Taken([EpochSpan(*row)], (0,) * is_fim, cursor) for row, cursor, is_fim in zip(*columns, strict=True)]
+
+    def _count_documents(self, record: StageRecord, name: str, taken: TakenDocuments, rule: DocumentRule) -> None:
+        """Enters documents of a source, whose stream has moved past them, into the ledger."""
+        use, source = record.use[name], self.ledger.sources[name]
+        use.samples += len(taken.rows)
+        use.tokens += taken.tokens
+        use.padding += len(taken.rows) * rule.seq_length - taken.tokens
+        use.skipped += taken.skipped
+        use.skipped_documents += taken.skipped_documents
+        use.truncated += taken.truncated
+        source.lifetime_tokens += taken.tokens + taken.skipped
+        source.cursor = self._streams[name].state.to_json()
 
     def _count(self, record: StageRecord, name: str, samples: int, seq_length: int) -> None:
         """Enters samples of a source, whose stream has moved past them, into the ledger."""
@@ -200,9 +259,17 @@ class SampleStream:
             self._mixture.seek(goal)
             for name, count in zip(stage.weights.sources, self._mixture.counts, strict=True):
                 moved = count - before[name]
+                if stage.documents is not None:
+                    self._pass_documents(name, moved, stage.documents)
+                    continue
                 self._streams[name].skip(moved, shape.seq_length)
                 self._count(self.ledger.stages[-1], name, moved, shape.seq_length)
             self.ledger.stages[-1].samples += goal - offset
+
+    def _pass_documents(self, name: str, count: int, rule: DocumentRule) -> None:
+        for start in range(0, count, _PASSED_AT_ONCE):
+            taken = self._streams[name].take_documents(min(_PASSED_AT_ONCE, count - start), rule)
+            self._count_documents(self.ledger.stages[-1], name, taken, rule)
 
     def _begin_stage(self, stage: TrainingStage) -> None:
         """Opens a record in the ledger, applies the stage's cursor policy and starts its mixture."""
@@ -220,7 +287,9 @@ class SampleStream:
         record.fim_sentinels = self._fim_sentinels.ids() if self._fim_sentinels and stage.fim else []
         self._open(stage, None)
         for name in stage.weights.sources:
-            record.use[name] = SourceUse(start=self._streams[name].state.to_json())
+            skipped = 0 if stage.documents is not None else self._streams[name].leave_documents()
+            record.use[name] = SourceUse(start=self._streams[name].state.to_json(), skipped=skipped)
+            self.ledger.sources[name].lifetime_tokens += skipped
         if stage.index in self._taken:
             record.taken["cursors"] = self._taken[stage.index].order_hash
         self.ledger.stages.append(record)

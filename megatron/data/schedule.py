@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from megatron.config.schema import SourceSection, StageSection
+from megatron.data.document_counts import DocumentCounts, PaddedEpoch
+from megatron.data.document_stream import DocumentRule
 from megatron.data.fim import FimRates, stage_rates
 from megatron.data.mixture import open_mixture
 from megatron.data.stage_mixture import MixtureReference
+from megatron.data.stage_objective import LearnedSource, StageObjective
 from megatron.data.stage_resolution import FrozenStage, ResolvedStage, SourceFacts, StageResolver
 from megatron.data.stage_shapes import ShapeStep, StageShapes, shape_words
 from megatron.data.weight_function import WeightFunction
@@ -26,7 +29,9 @@ class TrainingStage:
     """One resolved training stage. Counts and tokens of sources are those of the whole stage, as planned.
 
     counts, source_tokens: samples and input positions of each source · used_before: tokens used of each before it ·
-    fim: by source, fill-in-the-middle rates · shape_words: the shapes as they were written.
+    fim: by source, fill-in-the-middle rates · shape_words: the shapes as they were written · documents: what a padded
+    stage takes, None for a packed one, and padded: an epoch of each of its sources; source_tokens are then those of the
+    sources' streams, what is skipped counted · objective: what the loss is on.
     """
 
     index: int
@@ -45,6 +50,9 @@ class TrainingStage:
     source_tokens: Mapping[str, int]
     fim: Mapping[str, FimRates]
     notes: tuple[str, ...] = ()
+    documents: DocumentRule | None = None
+    padded: Mapping[str, PaddedEpoch] = field(default_factory=dict)
+    objective: StageObjective = StageObjective()
 
     @property
     def seq_length(self) -> int:
@@ -79,6 +87,13 @@ class TrainingStage:
     def end_step(self) -> int:
         """Number of steps done at the stage's end."""
         return self.start_step + self.steps
+
+    def input_tokens(self, source: str) -> int:
+        """Input positions of a source that hold a token: all but the padding."""
+        if source not in self.padded:
+            return self.source_tokens.get(source, 0)
+        epoch = self.padded[source]
+        return self.counts.get(source, 0) * epoch.tokens // max(1, epoch.samples)
 
     def last_weights(self) -> dict[str, Fraction]:
         """The weight of each source as the stage ends."""
@@ -122,10 +137,15 @@ class Schedule:
         return stage, consumed_samples - stage.start_sample
 
 
-def facts_of(sources: Mapping[str, SourceSection], sizes: Mapping[str, int]) -> dict[str, SourceFacts]:
-    """Facts by source name from the config and the measured sizes."""
+def facts_of(
+    sources: Mapping[str, SourceSection],
+    sizes: Mapping[str, int],
+    documents: Mapping[str, DocumentCounts] | None = None,
+) -> dict[str, SourceFacts]:
+    """Facts by source name from the config and the measured sizes; documents: for padded stages."""
+    counts = documents or {}
     return {
-        name: SourceFacts(section.group or name, sizes[name], section.max_epochs, section.dry)
+        name: SourceFacts(section.group or name, sizes[name], section.max_epochs, section.dry, counts.get(name))
         for name, section in sources.items()
     }
 
@@ -141,6 +161,7 @@ def resolve_schedule(
     taken: Mapping[int, Mapping[str, int]] | None = None,
     templates: Sequence[StageSection] = (),
     fim: Mapping[str, FimRates] | None = None,
+    sources: Mapping[str, LearnedSource] | None = None,
 ) -> Schedule:
     """Every stage in order.
 
@@ -153,12 +174,13 @@ def resolve_schedule(
         taken: by number of the stages yet to begin with `take.cursors`, tokens used of each source by that checkpoint.
         templates: `[[templates]]`, which stages may refer to.
         fim: the sources' own fill-in-the-middle rates.
+        sources: what instruction stages ask of loss masks; sources that are not there count as planned by size.
 
     Raises ConfigError where a stage cannot be carried out as written.
     """
     shape = seq_length, global_batch_size
     earlier: dict[str, MixtureReference] = {}
-    references = References(templates, facts, shape, run_tokens, earlier)
+    references = References(templates, facts, shape, run_tokens, earlier, sources)
     for template in templates:
         references[template.name]  # one that is wrong is told, whether a stage refers to it or not
     stages: list[TrainingStage] = []
@@ -173,12 +195,12 @@ def resolve_schedule(
         before = stages[-1].last_weights() if stages else None
         # What a begun stage took from a template is what the template was then.
         known = references if frozen is None else references.as_of(frozen)
-        resolver = StageResolver(section, facts, shape, used, before, frozen, known)
+        resolver = StageResolver(section, facts, shape, used, before, frozen, known, sources=sources)
         resolved = resolver.resolve(run_tokens)
         stages.append(_stage(resolver, resolved, stages[-1] if stages else None, fim or {}))
         # What a finished stage took is past: where its length was edited, that is what a resume refuses.
         if frozen is None or not frozen.finished:
-            resolver.check_caps(stages[-1].source_tokens)
+            resolver.check_caps(stages[-1].source_tokens, stages[-1].counts)
         earlier[section.name] = resolved.reference()
         used = {name: tokens + stages[-1].source_tokens.get(name, 0) for name, tokens in used.items()}
     return Schedule(tuple(stages), run_tokens)
@@ -198,23 +220,19 @@ class References(Mapping[str, MixtureReference]):
         shape: tuple[int, int],
         run_tokens: int | None,
         stages: Mapping[str, MixtureReference],
+        sources: Mapping[str, LearnedSource] | None = None,
     ) -> None:
-        self._stages = stages
+        self._stages, self._sources = stages, sources
         self._templates = list(templates)
-        self._facts = {
-            name: SourceFacts(fact.group, fact.epoch_tokens, fact.max_epochs, "repeat") for name, fact in facts.items()
-        }
+        self._facts = {name: replace(fact, dry="repeat") for name, fact in facts.items()}
         self._shape, self._run_tokens = shape, run_tokens
         self._resolved: dict[str, MixtureReference] = {}
 
     def as_of(self, frozen: FrozenStage) -> References:
         """The same for a stage that has begun: with the sizes that sources had then, and the run's length."""
-        facts = {
-            name: SourceFacts(fact.group, frozen.sizes.get(name, 0), fact.max_epochs, fact.dry)
-            for name, fact in self._facts.items()
-        }
+        facts = {name: replace(fact, epoch_tokens=frozen.sizes.get(name, 0)) for name, fact in self._facts.items()}
         run_tokens = self._run_tokens if frozen.run_tokens is None else frozen.run_tokens
-        return References(self._templates, facts, self._shape, run_tokens, self._stages)
+        return References(self._templates, facts, self._shape, run_tokens, self._stages, self._sources)
 
     def __getitem__(self, name: str) -> MixtureReference:
         if name in self._stages:
@@ -223,10 +241,12 @@ class References(Mapping[str, MixtureReference]):
             place = next((n for n, template in enumerate(self._templates) if template.name == name), None)
             if place is None:
                 raise KeyError(name)
-            before = References(self._templates[:place], self._facts, self._shape, self._run_tokens, {})
-            unused = dict.fromkeys(self._facts, 0)
-            section = self._templates[place]
-            resolver = StageResolver(section, self._facts, self._shape, unused, references=before, kind="template")
+            earlier, facts, shape = self._templates[:place], self._facts, self._shape
+            before = References(earlier, facts, shape, self._run_tokens, {}, self._sources)
+            unused, section = dict.fromkeys(facts, 0), self._templates[place]
+            resolver = StageResolver(
+                section, facts, shape, unused, references=before, kind="template", sources=self._sources
+            )
             self._resolved[name] = resolver.resolve(self._run_tokens).reference()
         return self._resolved[name]
 
@@ -242,7 +262,10 @@ def _stage(
 ) -> TrainingStage:
     weights, shapes, samples = resolved.weights, resolved.shapes, resolved.samples
     counts, tokens = _planned_use(weights, resolver.groups, shapes, samples)
-    section = resolver.section
+    section, padded = resolver.section, resolver.padded_of(weights.sources)
+    tokens |= {name: epoch.stream_tokens(counts[name]) for name, epoch in padded.items()}
+    rates = stage_rates(section.fim, fim, resolver.words, weights.sources)
+    objective = resolver.objective.objective(weights.sources, rates)
     return TrainingStage(
         index=previous.index + 1 if previous else 0,
         name=section.name,
@@ -258,8 +281,11 @@ def _stage(
         used_before=dict(resolver.used),
         counts=counts,
         source_tokens=tokens,
-        fim=stage_rates(section.fim, fim, resolver.words, weights.sources),
+        fim=rates,
         notes=tuple(resolver.notes),
+        documents=resolver.rule,
+        padded=padded,
+        objective=objective,
     )
 
 

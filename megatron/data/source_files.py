@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config.errors import DataError
+from megatron.data.document_stream import DocumentRule
 from megatron.data.holdout import held_out, holdout_base, holdout_threshold
 from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.loss_mask import FIELD, LossMask, has_loss_mask
 from megatron.data.native import native
 from megatron.data.piece_table import PieceTable, make_piece_table
 
@@ -67,6 +69,7 @@ class SourceFiles:
         self.first = int(start * self.document_count)
         self.last = int(end * self.document_count)
         self._lengths = [file.document_lengths() for file in self.files]
+        self._loss_tokens: dict[tuple[bool, DocumentRule | None], int] = {}
         words = ["stagemix source 1", str(start), str(end), str(self.holdout_fraction), *self.file_fingerprints]
         self.fingerprint = sha256("".join(f"{len(word)}:{word}" for word in words).encode()).hexdigest()
         self._refuse_repeated_files()
@@ -99,6 +102,21 @@ class SourceFiles:
         number, local = self.locate(document)
         return int(self._lengths[number][local])
 
+    def document_lengths(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of documents that are numbered through the source, int64 of the same length."""
+        lengths = np.empty(len(documents), dtype=np.int64)
+        numbers = np.searchsorted(self.file_starts, documents, side="right") - 1
+        for number in np.unique(numbers):
+            here = numbers == number
+            lengths[here] = self._lengths[number][documents[here] - self.file_starts[number]]
+        return lengths
+
+    def kept_documents(self) -> npt.NDArray[np.int64]:
+        """Numbers of the documents in the slice that are not held out, ascending, empty ones among them."""
+        kept = np.ones(max(0, self.last - self.first), dtype=np.bool_)
+        kept[self.held_out_documents() - self.first] = False
+        return np.flatnonzero(kept) + self.first
+
     def tokens(self, document: int, start: int, end: int) -> npt.NDArray[np.integer]:
         """Ids start .. end - 1 of a document, fewer where it ends before."""
         number, local = self.locate(document)
@@ -112,6 +130,71 @@ class SourceFiles:
             return None
         arrays = [file.arrays for file in self.files if isinstance(file, IndexedDataset)]
         return extension.TokenFiles(arrays) if len(arrays) == len(self.files) else None
+
+    @cached_property
+    def masked_reader(self) -> object | None:
+        """As `reader`, for samples whose targets are only those that the loss masks mark."""
+        extension = native()
+        if extension is None:
+            return None
+        arrays = [file.arrays for file in self.files if isinstance(file, IndexedDataset)]
+        reader: object = extension.TokenFiles(arrays, [mask.packed for mask in self.masks])
+        return reader
+
+    @cached_property
+    def masks(self) -> tuple[LossMask, ...]:
+        """The loss mask of each file, opened and checked. Raises DataError where one is missing or damaged."""
+        opened = []
+        for file in self.files:
+            if not isinstance(file, IndexedDataset):
+                raise DataError("a source that is not of indexed files has no loss mask")
+            opened.append(LossMask.open(file.prefix, file.manifest or {}))
+        return tuple(opened)
+
+    @cached_property
+    def mask_checksum(self) -> str | None:
+        """Identifies its loss masks as the manifests state them; None where a file has none."""
+        manifests = [file.manifest for file in self.files if isinstance(file, IndexedDataset)]
+        stated = [manifest[FIELD] for manifest in manifests if manifest is not None and has_loss_mask(manifest)]
+        if len(stated) < len(self.files):
+            return None
+        words = [str(field.get("sha256")) if isinstance(field, dict) else "" for field in stated]
+        return sha256("\n".join(["stagemix loss mask 1", *words]).encode()).hexdigest()
+
+    def learned(self, document: int, start: int, end: int) -> npt.NDArray[np.bool_]:
+        """Whether the masks mark tokens start .. end - 1 of a document, fewer where it ends before."""
+        number, local = self.locate(document)
+        file = self.files[number]
+        assert isinstance(file, IndexedDataset)
+        begin, length = file.document_start(local), int(self._lengths[number][local])
+        return self.masks[number].bits(begin + start, begin + min(end, length))
+
+    def targets_by_document(self, masked: bool, longest: int | None = None) -> npt.NDArray[np.int64]:
+        """How many targets each document has, held out or not, int64 [documents]: every token but its first, or of
+        these what the masks mark. longest: at most so many, those in front."""
+        if not masked:
+            targets = np.concatenate([lengths.astype(np.int64) for lengths in self._lengths]) - 1
+            most = int(targets.max(initial=0)) if longest is None else longest
+            counts: npt.NDArray[np.int64] = np.minimum(np.maximum(targets, 0), most)
+            return counts
+        parts = []
+        for file, mask in zip(self.files, self.masks, strict=True):
+            assert isinstance(file, IndexedDataset)
+            parts.append(mask.targets_by_document(file.document_starts(), longest))
+        return np.concatenate(parts)
+
+    def loss_tokens(self, masked: bool, rule: DocumentRule | None = None) -> int:
+        """Targets of one epoch that count, in the documents that are trained on: those that the masks mark, or all.
+
+        rule: of a padded stage, which takes some of the documents, and of long ones the first tokens. Counted once.
+        """
+        if (masked, rule) not in self._loss_tokens:
+            documents = self.kept_documents()
+            if rule is not None:
+                documents = documents[rule.takes(self.document_lengths(documents))]
+            targets = self.targets_by_document(masked, rule.seq_length if rule is not None else None)
+            self._loss_tokens[masked, rule] = int(targets[documents].sum())
+        return self._loss_tokens[masked, rule]
 
     def held_out_documents(self) -> npt.NDArray[np.int64]:
         """Numbers of the held-out documents within the slice, ascending, empty documents among them."""

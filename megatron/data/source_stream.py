@@ -1,20 +1,22 @@
-"""The position in a source's lifetime stream: four integers, whatever the sequence length has been.
+"""The position in a source's lifetime stream: a few integers, whatever the sequence length and packing have been.
 
 Epochs follow one another. When the position reaches the end of the open block (or none is open), a block opens
 there: 2^15 windows of the sequence length asked for now, clipped at the epoch's end. Its windows are permuted by key,
 so that the pieces of one long document do not fill a batch (law M2; docs/mixture.md). A block stays as it was
-cut when it opened: another sequence length changes only how many tokens a sample takes from it.
+cut when it opened: another sequence length changes only how many tokens a sample takes from it. Padded training
+stages take whole documents from the same stream: `document_stream`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from megatron.config.errors import CheckpointError, DataError
+from megatron.data.document_stream import DocumentOrder, DocumentRule, DocumentWalk, OpenBlock, TakenDocuments
 from megatron.data.permutation import Integers, derive_key
 
 WINDOWS_PER_BLOCK = 2**15
@@ -29,36 +31,10 @@ class EpochSpan(NamedTuple):
     end: int
 
 
-class StreamOrder(Protocol):
+class StreamOrder(DocumentOrder, Protocol):
     """What a stream asks of its source; `megatron.data.epoch_index.SourceOrder` is one. `skip` and `state` need
-    only `epoch_tokens`.
+    only `epoch_tokens`. `rows` gives spans within a block: see `piece_table.EpochOrder.rows`.
     """
-
-    @property
-    def seed(self) -> int:
-        """The run's."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the source's content."""
-
-    @property
-    def epoch_tokens(self) -> int:
-        """Tokens of an epoch."""
-
-    def rows(
-        self,
-        epoch: int,
-        offset: int,
-        length: int,
-        window: int,
-        block_key: int,
-        start: int,
-        count: int,
-        cut: int,
-        phase: int,
-    ) -> Integers:
-        """Spans within a block: see `piece_table.EpochOrder.rows`."""
 
     def prepare_in_background(self, epoch: int) -> None:
         """Starts to build what the epoch needs."""
@@ -69,22 +45,25 @@ class CursorState:
     """A position, all in tokens of the stream over epochs since the last restart.
 
     cursor: tokens taken. block_start: where the open block begins; its epoch is block_start // epoch_tokens.
-    block_window: its windows' length. block_length: its own; 0 before the first block.
+    block_window: its windows' length. block_length: its own; 0 where none is open. block_taken: what packed samples
+    took of the block, where whole documents are taken of the rest: the cursor is then the place in that walk.
     """
 
     cursor: int = 0
     block_start: int = 0
     block_window: int = 0
     block_length: int = 0
+    block_taken: int = 0
 
     def to_json(self) -> dict[str, int]:
-        """The four integers by name."""
-        return asdict(self)
+        """The integers by name; block_taken only where it is not 0."""
+        values = asdict(self)
+        return values if self.block_taken else {key: values[key] for key in values if key != "block_taken"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> CursorState:
         """The state that `to_json` gave. Raises CheckpointError where a field is missing, unknown or impossible."""
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls) if field.name != "block_taken" or field.name in values]
         if sorted(values) != sorted(names):
             raise CheckpointError(f"a cursor state has the fields {sorted(values)}, not {sorted(names)}")
         numbers = {}
@@ -94,8 +73,10 @@ class CursorState:
                 raise CheckpointError(f"cursor state field {name} is {value!r}, not a whole number of at least 0")
             numbers[name] = value
         state = cls(**numbers)
-        if not state.block_start <= state.cursor <= state.block_end or (state.block_window == 0) != (
-            state.block_length == 0
+        if (
+            not state.block_start <= state.cursor <= state.block_end
+            or (state.block_window == 0) != (state.block_length == 0)
+            or (state.block_taken and state.block_taken >= state.block_length)
         ):
             raise CheckpointError(f"a cursor state contradicts itself: {state}")
         return state
@@ -109,6 +90,11 @@ class CursorState:
 def initial_state() -> CursorState:
     """The start of epoch 0."""
     return CursorState()
+
+
+def _closed(cursor: int) -> CursorState:
+    """A place where no block is open."""
+    return CursorState(cursor, cursor)
 
 
 class SourceStream:
@@ -172,6 +158,47 @@ class SourceStream:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty((0, 4), dtype=np.int64)
 
+    def take_documents(self, count: int, rule: DocumentRule) -> TakenDocuments:
+        """The next `count` whole documents; moves on to the next one that can be taken, or to the epoch's end.
+
+        Raises DataError as `DocumentWalk` does.
+        """
+        state = self._state
+        if count < 1:
+            raise ValueError(f"cannot take {count} documents")
+        if state.block_length and not state.block_taken:
+            taken = state.cursor - state.block_start
+            if 0 < taken < state.block_length:
+                state = replace(state, cursor=state.block_start, block_taken=taken)
+            else:
+                state = _closed(state.cursor)
+        walk = DocumentWalk(self._order, state.cursor, self._open_block_of(state), rule)
+        documents = walk.take(count)
+        epoch = walk.cursor // self._epoch_tokens
+        if epoch > state.cursor // self._epoch_tokens and (self._last_epoch is None or epoch <= self._last_epoch):
+            self._order.prepare_in_background(epoch)
+        inside = state.block_taken and walk.cursor < state.block_end
+        self._block_key = None
+        self._state = replace(state, cursor=walk.cursor) if inside else _closed(walk.cursor)
+        return documents
+
+    def leave_documents(self) -> int:
+        """Goes behind a block that packed samples and then whole documents have taken of, so that packed samples may
+        follow; the number of its tokens that are skipped so. Without such a block nothing happens."""
+        state = self._state
+        block = self._open_block_of(state)
+        if block is None:
+            return 0
+        places = np.array([state.cursor - state.block_start, state.block_length], dtype=np.int64)
+        taken = block.taken_before(places)
+        self._state, self._block_key = _closed(state.block_end), None
+        return int(places[1] - places[0] - (taken[1] - taken[0]))
+
+    def _open_block_of(self, state: CursorState) -> OpenBlock | None:
+        if not state.block_taken:
+            return None
+        return OpenBlock(self._order, state.block_start, state.block_window, state.block_length, state.block_taken)
+
     def skip(self, count_samples: int, seq_length: int) -> None:
         """Moves on as `count_samples` takes of `seq_length` tokens would, in constant time and without an index."""
         length = count_samples * seq_length
@@ -190,10 +217,11 @@ class SourceStream:
         self._block_key = None
         self._state = CursorState(target, start, seq_length, min(block, epoch_start + epoch_tokens - start))
 
-    @staticmethod
-    def _check(length: int, seq_length: int) -> None:
+    def _check(self, length: int, seq_length: int) -> None:
         if length < 0 or seq_length < 1:
             raise ValueError(f"cannot take {length} tokens in samples of {seq_length}")
+        if self._state.block_taken:
+            raise ValueError("whole documents were taken of a block that is open: leave_documents comes first")
 
     def _advanced(self, length: int) -> CursorState:
         state = self._state

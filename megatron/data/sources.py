@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from megatron.config.errors import DataError
 from megatron.config.schema import SourceSection
+from megatron.data.document_counts import DocumentCounts, MeasuredDocuments, PlannedDocuments
+from megatron.data.document_stream import DocumentRule
 from megatron.data.epoch_index import SourceOrder, Span, overlapping
 from megatron.data.indexed_dataset import IndexedDataset, check_vocab
 from megatron.data.loss_mask import has_loss_mask
@@ -21,20 +24,25 @@ from megatron.data.source_stream import CursorState, EpochSpan, SourceStream
 from megatron.tokenizers.base import Tokenizer
 
 PIECE_SEQUENCES = 8
+PADDING_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What the checks need of a tokenizer."""
+    """What the checks need of a tokenizer, and the id that fills padded samples: its padding token, where it has one,
+    else its end of a document."""
 
     name: str
     fingerprint: str
     vocab_size: int
+    padding_id: int = 0
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> TokenizerIdentity:
         """That of an opened tokenizer."""
-        return TokenizerIdentity(tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size)
+        named = [tokenizer.special_ids[name] for name in PADDING_NAMES if name in tokenizer.special_ids]
+        padding_id = named[0] if named else tokenizer.eod_id
+        return TokenizerIdentity(tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, padding_id)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,33 @@ class OpenSource:
     def fingerprint(self) -> str:
         """Identifies the content, whatever its name and place."""
         return self.order.fingerprint if self.order is not None else f"planned:{self.epoch_tokens}"
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether it is a size alone, without data."""
+        return self.order is None
+
+    @property
+    def mask_checksum(self) -> str | None:
+        """Identifies its loss masks; None where a file has none."""
+        return self.order.files.mask_checksum if self.order is not None else None
+
+    def loss_tokens(self, masked: bool, rule: DocumentRule | None) -> int:
+        """Targets of one epoch that count: see `SourceFiles.loss_tokens`. Raises DataError for bad masks."""
+        return self.opened().files.loss_tokens(masked, rule)
+
+    @cached_property
+    def documents(self) -> DocumentCounts:
+        """How many samples its documents are in padded stages; read from its files when that is first asked."""
+        if self.order is not None:
+            return MeasuredDocuments(self.order.files, self.piece_tokens)
+        return PlannedDocuments(self.epoch_tokens, self.planned_documents)
+
+    @property
+    def planned_documents(self) -> int | None:
+        """Documents in the slice of a source that is planned by sizes alone; None where their number is not said."""
+        start, end = self.section.slice
+        return None if self.section.documents is None else int(self.section.documents * (end - start))
 
     def identity(self) -> dict[str, Any]:
         """What the past knows a source by."""

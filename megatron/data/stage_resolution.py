@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil
@@ -11,10 +11,12 @@ from math import ceil
 from megatron.config.errors import ConfigError
 from megatron.config.quantities import Quantity, format_count
 from megatron.config.schema import StageSection
+from megatron.data.document_counts import DocumentCounts, PaddedEpoch, PaddedEpochs, PaddedSizes, padded_rule
 from megatron.data.dry_sources import solve_events
 from megatron.data.mixture_profile import MixtureProfile, Weights
 from megatron.data.mixture_words import MixtureWords
 from megatron.data.stage_mixture import MixtureReference, StageMixture
+from megatron.data.stage_objective import LearnedSource, ObjectiveWords, StageObjective
 from megatron.data.stage_shapes import StageShapes, lay_out, nearest_length, notes_on_length, shape_words
 from megatron.data.weight_function import Segment, WeightFunction
 from megatron.data.weights import DENOMINATOR, round_shares
@@ -22,12 +24,13 @@ from megatron.data.weights import DENOMINATOR, round_shares
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What the arithmetic knows of a source."""
+    """What the arithmetic knows of a source. documents: how many samples it gives in padded stages."""
 
     group: str
     epoch_tokens: int
     max_epochs: Decimal
     dry: str
+    documents: DocumentCounts | None = field(default=None, compare=False)
 
     @property
     def cap_tokens(self) -> int:
@@ -42,7 +45,8 @@ class FrozenStage:
     samples: its length by the last checkpoint · resolved_samples: the length that its weights were resolved for ·
     sizes, used: tokens of the sources known when it began, and how many of them were used by then · caps: max_epochs
     and dry policy when it began · shapes, shape_words: its shapes as resolved when it began, and the words for them ·
-    run_tokens: `train.tokens` then, of which lengths are shares.
+    run_tokens: `train.tokens` then, of which lengths are shares · padded: of a padded stage, an epoch of each source ·
+    objective: what the loss was on.
     """
 
     name: str
@@ -55,6 +59,8 @@ class FrozenStage:
     shapes: StageShapes
     shape_words: str
     run_tokens: int | None
+    padded: Mapping[str, PaddedEpoch] = field(default_factory=dict)
+    objective: StageObjective = StageObjective()
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class StageResolver:
     """Resolves one stage; gathers notes on what was rounded or normalised.
 
     shape: sequence length and batch of the run, for a stage that says neither · used: tokens of each source used
-    before it · before: weights as the stage before it ends · references: what it may refer to, by name.
+    before it · before: weights as the stage before it ends · references: what it may refer to, by name ·
+    sources: what is known of their loss masks.
     """
 
     def __init__(
@@ -89,32 +96,64 @@ class StageResolver:
         frozen: FrozenStage | None = None,
         references: Mapping[str, MixtureReference] | None = None,
         kind: str = "stage",
+        sources: Mapping[str, LearnedSource] | None = None,
     ) -> None:
         self.section = section
         self.facts = {name: _as_frozen(name, fact, frozen) for name, fact in facts.items()}
-        self.sizes = {name: fact.epoch_tokens for name, fact in self.facts.items()}
         self.shape = section.seq_length or shape[0], section.global_batch_size or shape[1]
         self.used = used
         self.frozen = frozen
         self.where = f"{kind} {section.name!r}"
+        self.rule = padded_rule(section, self.shape[0], self.where)
+        self.sizes: Mapping[str, int] = {name: fact.epoch_tokens for name, fact in self.facts.items()}
+        if self.rule is not None:
+            documents = {name: fact.documents for name, fact in facts.items()}
+            self.padded = PaddedEpochs(
+                self.rule, documents, self.where, (frozen.padded or None) if frozen is not None else None
+            )
+            self.sizes = PaddedSizes(self.padded, self.rule.seq_length)
         self.groups = {name: fact.group for name, fact in facts.items()}
-        self.words = MixtureWords(self.groups, self.sizes, section.within, self.where)
         self.notes = [
             f"max_epochs and dry of {name} stay {self.facts[name].max_epochs} and {self.facts[name].dry} in this "
             "stage, which has begun"
             for name, fact in facts.items()
             if (self.facts[name].max_epochs, self.facts[name].dry) != (fact.max_epochs, fact.dry)
         ]
-        before = before or {name: Fraction(size) for name, size in self.sizes.items()}
+        then = frozen.objective if frozen is not None else None
+        self.objective = ObjectiveWords(
+            section, self.groups, self.sizes, sources or {}, self.rule, then, self.where, self.notes
+        )
+        self.words = MixtureWords(self.groups, self.objective.sizes(), section.within, self.where)
+        if not before:  # only where it is asked for: sizes of a padded stage are measured
+            before = {name: Fraction(size) for name, size in self.sizes.items()} if section.adjust else {}
         self.mixture = StageMixture(section, self.words, before, references or {}, self.notes, self.where)
 
     def resolve(self, run_tokens: int | None) -> ResolvedStage:
         """Length, shapes and weights. Raises ConfigError."""
-        profile = self.mixture.profile()
+        profile = self.objective.in_samples(self.mixture.profile())
         shapes, samples = self._length(profile, run_tokens)
         frozen = self.frozen
         weights = self._weights(profile, frozen.resolved_samples if frozen is not None else samples)
         return ResolvedStage(samples, shapes, self._without_dry(weights, shapes, samples), profile)
+
+    # -- padded: a source's size is what its documents fill, a sample each --------------------------------------------
+
+    def padded_of(self, sources: Iterable[str]) -> dict[str, PaddedEpoch]:
+        """Of a padded stage, an epoch of each of its sources. Raises where one of them may not be read so."""
+        if self.rule is None:
+            return {}
+        self.padded.check(sources)
+        found = {name: self.padded[name] for name in sources}
+        words = "; ".join(f"{name} {epoch.words(self.rule)}" for name, epoch in found.items())
+        self.notes.append(f"padded, a document a sample: {words}")
+        return found
+
+    def _room(self, name: str) -> Fraction:
+        """Input positions that the cap of a source leaves for the stage."""
+        fact = self.facts[name]
+        if self.rule is None:
+            return Fraction(fact.cap_tokens - self.used[name])
+        return (Fraction(fact.max_epochs) - Fraction(self.used[name], max(1, fact.epoch_tokens))) * self.sizes[name]
 
     # -- how long it is --------------------------------------------------------------------------------------------
 
@@ -207,9 +246,7 @@ class StageResolver:
     def _without_dry(self, weights: WeightFunction, shapes: StageShapes, samples: int) -> WeightFunction:
         """The weights with sources that run dry under `renormalise` taken out from where they do."""
         room = {
-            name: max(0, self.facts[name].cap_tokens - self.used[name])
-            for name in weights.sources
-            if self.facts[name].dry == "renormalise"
+            name: max(0, int(self._room(name))) for name in weights.sources if self.facts[name].dry == "renormalise"
         }
         if not room:
             return weights
@@ -219,8 +256,14 @@ class StageResolver:
         ]
         return solved
 
-    def check_caps(self, tokens: Mapping[str, int]) -> None:
-        """Refuses a stage that needs more of a source than its cap allows, where the source says dry = "error"."""
+    def check_caps(self, tokens: Mapping[str, int], counts: Mapping[str, int]) -> None:
+        """Refuses a stage that needs more of a source than its cap allows, where the source says dry = "error".
+
+        tokens: of the source's stream, counts: samples, that the stage takes of each.
+        """
+        if self.rule is not None:
+            self._check_document_caps(counts)
+            return
         for name, needed in tokens.items():
             fact = self.facts[name]
             need = self.used[name] + needed
@@ -237,6 +280,23 @@ class StageResolver:
                 f'sources.{name}.dry to "repeat" or "renormalise", or give it less weight'
             )
 
+    def _check_document_caps(self, counts: Mapping[str, int]) -> None:
+        assert self.rule is not None
+        for name, needed in counts.items():
+            fact, epoch = self.facts[name], self.padded[name]
+            left = self._room(name) / self.rule.seq_length
+            if fact.dry != "error" or needed <= left:
+                continue
+            epochs = Fraction(self.used[name], max(1, fact.epoch_tokens)) + Fraction(needed, epoch.samples)
+            remedy = Decimal(ceil(epochs * 100)) / 100
+            raise ConfigError(
+                f"{self.where}: source {name!r} runs dry: the stage takes {needed:,} documents of it, a sample each, "
+                f"that is {float(epochs):.2f} epochs of {epoch.samples:,} by its end, and max_epochs is "
+                f"{fact.max_epochs}, which leaves {max(0, int(left)):,} (a stage is whole batches). Set "
+                f"sources.{name}.max_epochs = {remedy}, or "
+                f'sources.{name}.dry to "repeat" or "renormalise", or give it less weight'
+            )
+
 
 def _as_frozen(name: str, fact: SourceFacts, frozen: FrozenStage | None) -> SourceFacts:
     if frozen is None:
@@ -247,4 +307,4 @@ def _as_frozen(name: str, fact: SourceFacts, frozen: FrozenStage | None) -> Sour
     if not frozen.finished and "renormalise" not in (dry, fact.dry):
         max_epochs, dry = fact.max_epochs, fact.dry
     # A source that joined a group later has no part in a stage that had begun before: it has no size there.
-    return SourceFacts(fact.group, frozen.sizes.get(name, 0), max_epochs, dry)
+    return replace(fact, epoch_tokens=frozen.sizes.get(name, 0), max_epochs=max_epochs, dry=dry)

@@ -40,6 +40,10 @@ class MicrobatchLike(Protocol):
         """The rows' numbers among all samples of the run, int64 [b]; dropout is keyed by them."""
 
 
+NO_TARGET = "no target of the batch is valid"
+"""Why a batch makes no update in which the loss is on nothing: the mean over no target is no number."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did. Losses are in nats.

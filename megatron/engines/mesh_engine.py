@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.errors import CheckpointError
-from megatron.engines.base import Bounds, DoneStep, LaunchedStep, MicrobatchLike, StepResult
+from megatron.engines.base import NO_TARGET, Bounds, DoneStep, LaunchedStep, MicrobatchLike, StepResult
 from megatron.engines.row_losses import RowLosses, gather_rows
 from megatron.kernels.document_lengths import document_bounds
 from megatron.parallel.mesh import Mesh
@@ -58,7 +58,7 @@ class MeshEngine:
     def _nothing_to_learn(self, microbatches: Sequence[MicrobatchLike]) -> DoneStep:
         """Of a batch without a valid target."""
         by_source = self._gather(microbatches, None).by_source()
-        return DoneStep(StepResult(0.0, by_source, 0.0, 0, False, "no target of the batch is valid"))
+        return DoneStep(StepResult(0.0, by_source, 0.0, 0, False, NO_TARGET))
 
     def _computing(self) -> Sequence[nn.Module]:
         """The modules that run."""

@@ -26,6 +26,9 @@ from megatron.evaluation.paired import (
 from megatron.evaluation.pass_at_k import pass_at_k
 from megatron.evaluation.results import alike
 
+_LOSSES = {"loss": "token_loss", "targets_loss": "targets"}
+"""What is kept of documents for a metric in nats a token."""
+
 
 @dataclass(frozen=True)
 class Items:
@@ -78,6 +81,9 @@ def items_of(result: Mapping[str, Any], metric: str | None = None) -> Items | No
     if wanted in right:
         values = np.array([[float(mark), 1.0] for mark in right[str(wanted)]])
         return Items(str(wanted), values, _ratio, digest)
+    if (kept := _LOSSES.get(str(wanted), "")) in records:  # nats and tokens of documents (source_loss.py)
+        nats_and_tokens = np.array(records[kept], dtype=np.float64)
+        return Items(str(wanted), nats_and_tokens, _ratio, digest, lower_is_better=True)
     if "loss" in records and wanted in (None, "bits_per_byte"):
         losses = np.array([[-nats / math.log(2), float(size)] for nats, size in records["loss"]])
         return Items("bits_per_byte", losses, _ratio, digest, lower_is_better=True)

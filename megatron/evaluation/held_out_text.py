@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RunConfig
@@ -13,14 +18,28 @@ DOCUMENTS_A_SOURCE = 2000
 TOKENS_A_DOCUMENT = 8192
 
 
-def held_out_tokens(
-    config: RunConfig, tokenizer: Tokenizer, documents: int = DOCUMENTS_A_SOURCE, longest: int = TOKENS_A_DOCUMENT
-) -> dict[str, list[list[int]]]:
-    """Token ids of held-out documents by source, without their end-of-document token.
+@dataclass(frozen=True)
+class HeldOutDocument:
+    """A held-out document's beginning. tokens: ids, int64 [n], its end-of-document token among them where it is that
+    short · learned: which of them the loss mask marks, bool [n]; None of a source without one."""
 
-    At most `documents` of a source, chosen by a hash of their number, of each its first `longest` tokens; no text
-    twice. Sources that are planned by size alone are left out. Raises DataError for missing or broken files and where
-    no source has held-out documents, ConfigError where the config holds none out.
+    number: int
+    tokens: NDArray[np.int64]
+    learned: NDArray[np.bool_] | None = None
+
+
+def held_out_documents(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    documents: int = DOCUMENTS_A_SOURCE,
+    longest: int = TOKENS_A_DOCUMENT,
+    tokens: int | None = None,
+) -> dict[str, list[HeldOutDocument]]:
+    """Held-out documents by source: the same for every run with the same data and fraction, whatever its seed.
+
+    At most `documents` of a source, chosen by a hash of their number, of each its first `longest` tokens, until there
+    are `tokens` together; no text twice. Sources that are planned by size alone are left out. Raises DataError for
+    missing or broken files and where no source has held-out documents, ConfigError where the config holds none out.
     """
     if config.validation.fraction == 0:
         raise ConfigError("validation.fraction is 0, so no documents are held out: evaluation would be on trained text")
@@ -33,7 +52,7 @@ def held_out_tokens(
         tokenizer=TokenizerIdentity(tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size),
     )
     found = {
-        name: _documents(source, tokenizer.eod_id, documents, longest)
+        name: list(_documents(source, tokenizer.eod_id, documents, longest, tokens))
         for name, source in sources.items()
         if source.order is not None
     }
@@ -45,31 +64,46 @@ def held_out_tokens(
     return {name: rows for name, rows in found.items() if rows}
 
 
+def held_out_tokens(
+    config: RunConfig, tokenizer: Tokenizer, documents: int = DOCUMENTS_A_SOURCE, longest: int = TOKENS_A_DOCUMENT
+) -> dict[str, list[list[int]]]:
+    """Token ids of `held_out_documents` by source, without their end-of-document token."""
+    found: dict[str, list[list[int]]] = {}
+    for name, rows in held_out_documents(config, tokenizer, documents, longest).items():
+        found[name] = [row.tokens[: _text_length(row.tokens, tokenizer.eod_id)].tolist() for row in rows]
+    return found
+
+
 def held_out_texts(config: RunConfig, tokenizer: Tokenizer) -> dict[str, list[str]]:
     """`held_out_tokens` as text."""
     return {name: [tokenizer.decode(row) for row in rows] for name, rows in held_out_tokens(config, tokenizer).items()}
 
 
-def _documents(source: OpenSource, eod_id: int, documents: int, longest: int) -> list[list[int]]:
+def _documents(
+    source: OpenSource, eod_id: int, documents: int, longest: int, tokens: int | None
+) -> Iterator[HeldOutDocument]:
     """Documents in an order that is no order of the corpus, so that the first few are a fair sample."""
     files = source.opened().files
     numbers = sorted(source.opened().held_out_documents().tolist(), key=_shuffled)
-    rows: list[list[int]] = []
+    masked = files.mask_checksum is not None
     seen: set[bytes] = set()
+    left = tokens
     for number in numbers:
-        if len(rows) == documents:
+        if len(seen) == documents or left == 0:
             break
-        ids = files.tokens(number, 0, min(longest, files.document_length(number)))
+        end = min(longest, files.document_length(number), longest if left is None else left)
+        ids = files.tokens(number, 0, end).astype(np.int64)
         digest = hashlib.sha256(ids.tobytes()).digest()
-        if digest in seen:
+        if digest in seen or not _text_length(ids, eod_id):
             continue
         seen.add(digest)
-        row = ids.tolist()
-        if row and row[-1] == eod_id:
-            row.pop()
-        if row:
-            rows.append(row)
-    return rows
+        left = None if left is None else left - len(ids)
+        yield HeldOutDocument(number, ids, files.learned(number, 0, end) if masked else None)
+
+
+def _text_length(ids: NDArray[np.int64], eod_id: int) -> int:
+    """Tokens without the end-of-document token."""
+    return len(ids) - bool(len(ids) and ids[-1] == eod_id)
 
 
 def _shuffled(number: int) -> bytes:

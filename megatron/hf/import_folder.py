@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.imported import check_free, write_imported
+from megatron.checkpoint.imported import write_imported
 from megatron.checkpoint.manifest import sha256_of
+from megatron.checkpoint.weights_alone import check_free
 from megatron.config.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from megatron.config.model_shape import ModelShape
 from megatron.hf.architecture import CONFIG, architecture_for, read_config, shape_from_folder, training_notes

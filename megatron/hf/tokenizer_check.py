@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def random_texts(count: int = 400, seed: int = 0) -> Iterator[str]:
         yield "".join(map(generator.choice, alphabets))
 
 
+@cache  # a process that exports many models parses them once
 def _docstrings(source: str) -> str:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, documented))

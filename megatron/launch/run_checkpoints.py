@@ -56,6 +56,12 @@ def newest_checkpoints(output: Path) -> tuple[list[SeenCheckpoint], int]:
     return found, len(folders)
 
 
+def checkpoint_at(path: Path) -> SeenCheckpoint | None:
+    """The checkpoint in a folder, which is called by its step; None where there is none."""
+    match = _STEP.fullmatch(path.name)
+    return _look_at(path, int(match.group(1))) if match and path.is_dir() else None
+
+
 def _look_at(path: Path, step: int) -> SeenCheckpoint | None:
     """None where it was retired while it was looked at."""
     try:

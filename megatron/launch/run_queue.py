@@ -1,4 +1,5 @@
-"""What SLURM's queue says of a run's job, for `stagemix status`: whether it waits or runs, and until when.
+"""What SLURM's queue says of a run's job, for `stagemix status`: whether it waits or runs, and until when; and of all
+jobs of a user, for studies.
 
 Records in a folder cannot tell: SLURM itself requeues a job whose node was lost, and starts one when it likes.
 """
@@ -16,10 +17,11 @@ from typing import Any
 
 from megatron.config.errors import EXIT_LOST_PROCESS, EXIT_REQUEUE, EXIT_WATCHDOG
 from megatron.launch.run_state import RunState
-from megatron.launch.slurm_control import job_name
+from megatron.launch.slurm_control import ControlError, job_name
 
 SECONDS = 5.0
 _NAME = re.compile(r"\d+(_\d+)?")
+_AFTER = re.compile(r":(\d+(?:_\d+)?)")
 _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
           "OUT_OF_MEMORY")  # fmt: skip
 """States of jobs that SLURM remembers for some minutes, and will not start again."""
@@ -71,6 +73,47 @@ class Queue:
         return next((one for one in found if one.state == "RUNNING"), found[0] if found else None)
 
 
+@dataclass(frozen=True)
+class ListedJob:
+    """A job of this user that waits or runs. after: ids of jobs that it still waits for, or waits for in vain."""
+
+    id: str
+    state: str
+    why: str = ""
+    after: tuple[str, ...] = ()
+    comment: str = ""
+
+    @property
+    def never(self) -> bool:
+        """Whether it waits for what cannot come any more."""
+        return self.state == "PENDING" and self.why == "DependencyNeverSatisfied"
+
+
+def my_jobs(seconds: float = 60.0) -> list[ListedJob]:
+    """Every job of this user that waits or runs, oldest first. Raises ControlError where SLURM does not answer: then
+    nobody knows, and none must be taken to be gone."""
+    words = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T|%r|%E|%k"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
+    except FileNotFoundError:
+        raise ControlError("there is no program squeue in PATH") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ControlError(f"{' '.join(words)}: {error}") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()).removeprefix("squeue: ") or f"exit code {done.returncode}"
+        raise ControlError(f"squeue: {said}")
+    found = []
+    for line in done.stdout.splitlines():
+        if line.count("|") < 4:
+            continue
+        job, state, why, after, comment = line.strip().split("|", 4)
+        if state not in _ENDED:
+            # "afterok:12(unfulfilled),afterany:13_4(failed)"
+            ids = tuple(_AFTER.findall(after))
+            found.append(ListedJob(job, state, _said(why), ids, _said(comment)))
+    return sorted(found, key=lambda one: int(re.split(r"\D", one.id, maxsplit=1)[0] or 0))
+
+
 def with_queue(state: RunState, queue: Queue, decided: bool) -> RunState:
     """The state, corrected by the queue. decided: whether the run's batch script recorded what follows on its end."""
     if state.state in ("complete", "unknown") or "id" not in state.job:
@@ -109,6 +152,10 @@ def _without(state: RunState, name: str, answered: bool, decided: bool) -> RunSt
     if state.state in ("failed", "silent") and killed and not decided:
         return replace(state, reason=_joined(state.reason, _NOT_KNOWN))
     return state
+
+
+def _said(words: str) -> str:
+    return "" if words in ("(null)", "None") else words
 
 
 def _joined(*words: str) -> str:

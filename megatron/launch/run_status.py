@@ -221,7 +221,10 @@ def _left(tokens: int, done: int, pace: Pace) -> float | None:
 def _speed(pace: Pace) -> dict[str, Any]:
     return {
         "tokens_per_second": pace.tokens_per_second,
-        "tokens_per_second_with_all": 1 / pace.seconds_per_token if pace.seconds_per_token else None,
+        "tokens_per_second_with_all": (1 - pace.padding_share) / pace.seconds_per_token
+        if pace.seconds_per_token
+        else None,
+        "padding_share": pace.padding_share,
         "step_seconds": pace.seconds or None,
         "aside_seconds": dict(pace.aside),
         "mfu": pace.mfu,

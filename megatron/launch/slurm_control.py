@@ -1,4 +1,5 @@
-"""What a job asks of SLURM's controller about itself, by the program scontrol: its state, nodes, and to start it again.
+"""What a job asks of SLURM's controller about itself, by the program scontrol: its state, nodes, and to start it again;
+and how jobs are cancelled.
 
 `scontrol requeue` ends the job that calls it: SLURM sends SIGTERM to the batch script and all that it runs, KillWait
 seconds later SIGKILL. So it does at the time limit, and for scancel. ExcNodeList can be changed only of a job that
@@ -20,6 +21,7 @@ from megatron.launch.allocation import job_of
 SECONDS = 60
 _UNUSABLE = ("DOWN", "DRAIN", "FAIL", "MAINT", "UNKNOWN", "FUTURE", "INVAL")
 _TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)$")
+_OVER = re.compile(r"Invalid job id|already completing or completed", re.IGNORECASE)
 
 
 class ControlError(Exception):
@@ -127,6 +129,25 @@ class Controller:
             words_of = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
             raise ControlError(f"{said}: {words_of}")
         return done.stdout
+
+
+def cancel_jobs(jobs: Sequence[str], waiting_only: bool = False) -> None:
+    """Cancels jobs by their ids; those that have ended meanwhile are passed over. waiting_only: none that runs.
+
+    Raises ControlError.
+    """
+    if not jobs:
+        return
+    words = ["scancel", *(["--state=PENDING"] if waiting_only else []), *jobs]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
+    except FileNotFoundError:
+        raise ControlError("there is no program scancel in PATH") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ControlError(f"scancel: {error}") from None
+    said = [line for line in done.stderr.splitlines() if line.strip() and not _OVER.search(line)]
+    if done.returncode and said:
+        raise ControlError(f"scancel: {' '.join(said)}")
 
 
 def nodes_of_hosts(hosts: Iterable[str], nodes: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -130,9 +130,14 @@ def option_fields() -> tuple[Field[Any], ...]:
 
 def options_from(given: Mapping[str, Any], site: Mapping[str, Any]) -> SlurmOptions:
     """A command line on top of a site's defaults: lists and tables are joined, of the rest the line decides."""
+    return _checked(SlurmOptions(**joined(given, site)))
+
+
+def joined(given: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option, as the first says it, and where that says nothing, as the second; lists and tables of both."""
     values: dict[str, Any] = {}
     for one in option_fields():
-        ours, theirs = given.get(one.name), site.get(one.name)
+        ours, theirs = given.get(one.name), below.get(one.name)
         kind = one.metadata["kind"]
         if kind == "list":
             values[one.name] = [*(theirs or []), *(ours or [])]
@@ -140,7 +145,7 @@ def options_from(given: Mapping[str, Any], site: Mapping[str, Any]) -> SlurmOpti
             values[one.name] = {**(theirs or {}), **(ours or {})}
         else:
             values[one.name] = theirs if ours is None else ours
-    return _checked(SlurmOptions(**values))
+    return values
 
 
 def read_site(path: Path) -> dict[str, Any]:
@@ -151,22 +156,28 @@ def read_site(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--site {path}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--site {path}: cannot be read as TOML: {error}") from None
+    return checked_site(str(path), tables)
+
+
+def checked_site(where: str, tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Such a table that stands somewhere else; `where` begins messages. Raises ConfigError."""
     known: dict[str, Mapping[str, Any]] = {one.name: one.metadata for one in option_fields()}
     known["cpu"] = {"kind": "switch", "help": "no GPUs: processes of tasks_per_node, by gloo", "choices": ()}
+    found: dict[str, Any] = {}
     for key, value in tables.items():
         if key not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"{path}: unknown key {key!r}: {hint}")
-        tables[key] = _site_value(path, key, value, known[key])
-    if tables.get("cpu") and tables.get("gpus_per_node"):
+            raise ConfigError(f"{where}: unknown key {key!r}: {hint}")
+        found[key] = _site_value(where, key, value, known[key])
+    if found.get("cpu") and found.get("gpus_per_node"):
         raise ConfigError(
-            f"{path}: cpu = true and gpus_per_node = {tables['gpus_per_node']} contradict each other: leave one out"
+            f"{where}: cpu = true and gpus_per_node = {found['gpus_per_node']} contradict each other: leave one out"
         )
-    return tables
+    return found
 
 
-def _site_value(path: Path, key: str, value: Any, about: Mapping[str, Any]) -> Any:
+def _site_value(where: str, key: str, value: Any, about: Mapping[str, Any]) -> Any:
     kind: Kind = about["kind"]
     if kind in ("words", "number") and isinstance(value, int) and not isinstance(value, bool):
         value = value if kind == "number" else str(value)
@@ -182,9 +193,9 @@ def _site_value(path: Path, key: str, value: Any, about: Mapping[str, Any]) -> A
     }
     words, fits = wanted[kind]
     if not fits:
-        raise ConfigError(f"{path}: {key} = {value!r}: {words} is needed ({about['help']})")
+        raise ConfigError(f"{where}: {key} = {value!r}: {words} is needed ({about['help']})")
     if about["choices"] and value not in about["choices"]:
-        raise ConfigError(f"{path}: {key} = {value!r}: one of {', '.join(about['choices'])}")
+        raise ConfigError(f"{where}: {key} = {value!r}: one of {', '.join(about['choices'])}")
     return {name: str(item) for name, item in value.items()} if kind == "table" else value
 
 

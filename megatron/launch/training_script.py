@@ -31,7 +31,8 @@ class TrainingJob:
     """What is trained. configs, outputs: by task of the array; of a single run under None, by absolute path.
 
     overrides: of --set, in which "{task}" is the task's number. chain: the file that lists the jobs of a chain; None
-    where there is none. shutdown_seconds: for torchrun, until it kills processes that do not leave.
+    where there is none. shutdown_seconds: for torchrun, until it kills processes that do not leave. begins_at: of a
+    single run, the checkpoint of another that it begins at; None: at step 0.
     """
 
     configs: Mapping[int | None, Path]
@@ -40,6 +41,7 @@ class TrainingJob:
     max_requeues: int | None = None
     chain: Path | None = None
     shutdown_seconds: int = 300
+    begins_at: Path | None = None
 
 
 def training_script(job: TrainingJob, head: Head, options: SlurmOptions, paths: Paths) -> str:
@@ -63,6 +65,7 @@ def _run_lines(job: TrainingJob) -> list[str]:
             "# the run: the same command begins it and goes on from its newest whole checkpoint",
             f"config={shlex.quote(str(job.configs[None]))}",
             f"output={shlex.quote(str(job.outputs[None]))}",
+            *([] if job.begins_at is None else _begin_lines(job.begins_at)),
         ]
     lines = ["# the runs, by task of the array: the same command begins one and goes on with it"]
     for name, paths in (("config", job.configs), ("output", job.outputs)):
@@ -73,6 +76,15 @@ def _run_lines(job: TrainingJob) -> list[str]:
         lines += [f"    [{number}]={shlex.quote(str(path))}" for number, path in paths.items()]
         lines += [")", f'{name}="${{{name}s[$SLURM_ARRAY_TASK_ID]}}"']
     return lines
+
+
+def _begin_lines(checkpoint: Path) -> list[str]:
+    return [
+        "# it begins at the end of another run; once it has a checkpoint of its own, and it takes that one over before",
+        "# its first step, it goes on from there",
+        f"begin=(--resume-from {shlex.quote(str(checkpoint))})",
+        'for found in "$output"/checkpoints/step-[0-9]*; do if [ -d "$found" ]; then begin=(); fi; done',
+    ]
 
 
 def launch_lines(options: SlurmOptions, size: Size, paths: Paths, shutdown_seconds: int) -> list[str]:
@@ -120,7 +132,8 @@ def _torchrun_words(options: SlurmOptions, paths: Paths) -> str:
 def _train_lines(job: TrainingJob, options: SlurmOptions, paths: Paths) -> list[str]:
     """The command that trains, an option a line, in the background."""
     values = {} if None in job.outputs else TASK
-    lines = [f'    {program_words(options, paths)} train "$config"']
+    begin = ' "${begin[@]}"' if job.begins_at is not None else ""
+    lines = [f'    {program_words(options, paths)} train "$config"{begin}']
     lines += [f"        --set {with_values(override, values)}" for override in job.overrides]
     return [*(f"{line} \\" for line in lines[:-1]), f"{lines[-1]} &"]
 

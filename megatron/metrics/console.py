@@ -42,7 +42,9 @@ class Console:
     def write(self, row: Row) -> None:
         """Shows a training row, a validation row or an evaluation row."""
         if "validation" in row:
-            self.say(f"step {row['step']}: validation {_losses(row['validation'])}")
+            masked = row.get("validation_masked")
+            where = f" (of {', '.join(masked)} on masked targets)" if masked else ""
+            self.say(f"step {row['step']}: validation {_losses(row['validation'])}{where}")
             return
         if "evaluation" in row:
             self.say(f"step {row['evaluated_step']} ({row['evaluated_stage']}) evaluated: {_figures(row)}")
@@ -57,8 +59,10 @@ class Console:
             self._bar.update(row["consumed_tokens"] - self._bar.n)
         elif row["step"] % self._every == 0 or row["step"] == 1:
             left = time.strftime("%H:%M:%S", time.gmtime(pace * max(self._total - row["consumed_tokens"], 0)))
-            speed = format_count(round(1 / pace)) if pace else "?"
-            self.say(f"{row['training_stage']} step {row['step']}: {_numbers(row)}, {speed} tokens/s, {left} left")
+            padding = row.get("padding", 0) / max(tokens, 1)
+            speed = format_count(round((1 - padding) / pace)) if pace else "?"
+            speed += " tokens/s" + (f" and {padding:.0%} padding" if padding else "")
+            self.say(f"{row['training_stage']} step {row['step']}: {_numbers(row)}, {speed}, {left} left")
 
     def sync(self) -> None:
         """Nothing to do."""
@@ -73,6 +77,8 @@ class Console:
 def _numbers(row: Row) -> str:
     if row.get("passed_over"):
         return f"passed over, lr {row['lr']:.3g}"
+    if not row.get("valid_targets", 1):
+        return f"no target, lr {row['lr']:.3g}"
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     return f"loss {loss} ({_losses(row['loss_by_source'])}), lr {row['lr']:.3g}"
 

@@ -61,7 +61,7 @@ class Axis:
     def text(self, value: float) -> str:
         """A tick's words."""
         if self.form == "percent":
-            return f"{100 * value:.0f}%"
+            return f"{100 * value:.4g}%"
         if self.form == "count":
             return short_count(value)
         if self.form == "power" and value:

@@ -41,8 +41,9 @@ class RowTail:
 
 @dataclass(frozen=True)
 class Pace:
-    """Means over recent rows. seconds: of a step, without what is aside of it. aside: seconds a step of each of ASIDE.
-    Losses are means of finite ones; None, or absent, where there is none."""
+    """Means over recent rows. tokens: input positions, of which padding hold no token. seconds: of a step, without what
+    is aside of it. aside: seconds a step of each of ASIDE. Losses are means of finite ones; None, or absent, where
+    there is none."""
 
     steps: int = 0
     tokens: float = 0.0
@@ -51,15 +52,21 @@ class Pace:
     loss: float | None = None
     loss_by_source: Mapping[str, float] = field(default_factory=dict)
     mfu: float | None = None
+    padding: float = 0.0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of steps alone."""
-        return self.tokens / self.seconds if self.seconds > 0 else None
+        """Of steps alone, without padding."""
+        return (self.tokens - self.padding) / self.seconds if self.seconds > 0 else None
+
+    @property
+    def padding_share(self) -> float:
+        """Of the input positions."""
+        return self.padding / self.tokens if self.tokens > 0 else 0.0
 
     @property
     def seconds_per_token(self) -> float | None:
-        """With all that is aside of steps."""
+        """An input position, padding or not, with all that is aside of steps."""
         return (self.seconds + sum(self.aside.values())) / self.tokens if self.tokens > 0 else None
 
 
@@ -105,6 +112,7 @@ def pace_of(rows: Sequence[Mapping[str, Any]], every: int | None = None, save_se
         _mean(row.get("loss") for row in recent),
         {name: loss for name, loss in losses.items() if loss is not None},
         _mean(row.get("mfu") for row in recent),
+        seconds_in(recent, "padding") / max(1, len(recent)),
     )
 
 

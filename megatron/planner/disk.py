@@ -84,11 +84,11 @@ def checkpoints_kept(section: CheckpointSection, stage_ends: Sequence[int]) -> t
     """(at most at one time, at the end). stage_ends: the steps at which training stages end, ascending; a checkpoint
     there stays, and besides them the newest `keep` of the others."""
     last = stage_ends[-1]
-    ends = set(stage_ends)
+    ends = {*stage_ends, *(step for step in section.keep_steps if step <= last)}
     regular = sum(1 for step in range(section.every, last + 1, section.every) if step not in ends)
     # The fullest moment: the newest is there and the oldest of the others has not gone yet.
     most, passing = 0, 0
-    moments = sorted({*stage_ends, *(step for step in range(section.every, last + 1, section.every))})
+    moments = sorted({*ends, *(step for step in range(section.every, last + 1, section.every))})
     forever = 0
     for step in moments:
         forever += step in ends

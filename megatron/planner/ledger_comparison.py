@@ -17,6 +17,7 @@ from megatron.config.quantities import format_count
 from megatron.data.ledger import Ledger, SourceRecord, StageRecord
 from megatron.data.ledger_events import event_words
 from megatron.data.mixture import open_mixture
+from megatron.data.stage_objective import StageObjective
 from megatron.data.weight_function import Segment, WeightFunction
 
 _CHUNK = 1 << 16
@@ -59,11 +60,16 @@ def same_samples(a: Ledger, b: Ledger) -> bool:
         and a.tokenizer == b.tokenizer
         and _pieces(a) == _pieces(b)
         and _rearranged(a) == _rearranged(b)
+        and _packing(a) == _packing(b)
     )
 
 
 def _pieces(ledger: Ledger) -> dict[str, int]:
     return {row.fingerprint: row.piece_tokens for row in ledger.sources.values() if row.lifetime_tokens}
+
+
+def _packing(ledger: Ledger) -> list[str]:
+    return [stage.packing for stage in ledger.stages if stage.samples]
 
 
 def _rearranged(ledger: Ledger) -> list[dict[str, list[str]]]:
@@ -132,6 +138,7 @@ def _stage(number: int, a: StageRecord | None, b: StageRecord | None) -> Iterato
         ("planned_samples", "planned length"),
         ("stage_shapes", "batch x sequence length"),
         ("cursor", "cursor policy"),
+        ("packing", "packing"),
     ):
         one, other = getattr(a, key), getattr(b, key)
         if one != other:
@@ -140,6 +147,8 @@ def _stage(number: int, a: StageRecord | None, b: StageRecord | None) -> Iterato
             values = getattr(a, field), getattr(b, field)
             words = f"{where}: its {words} is {one}{unit} and {other}{unit}"
             yield Difference(f"stages.{a.name}.{field}", words, *values)
+    for what, mine, theirs in StageObjective.from_json(a.objective).differences(StageObjective.from_json(b.objective)):
+        yield Difference(f"stages.{a.name}.objective", f"{where}: its {what} is {mine} and {theirs}", mine, theirs)
     if a.weights != b.weights:
         words = f"{where}: its weights differ: {_weights_differ(a, b)}"
         yield Difference(f"stages.{a.name}.weights", words, a.weights, b.weights)
@@ -223,6 +232,8 @@ def _one_is_longer(a: Ledger, b: Ledger) -> Parting:
 def _parting_in_stage(a: Ledger, b: Ledger, one: StageRecord, other: StageRecord, common: int) -> Parting | None:
     """The first difference in the first `common` samples of a stage that both began at the same sample."""
     start = one.start_sample
+    if one.packing != other.packing:
+        return Parting(start, f"stage {one.name!r}: {one.packing} in A, {other.packing} in B")
     until = _lengths_part(one, other, common)
     found = _choices_part(a, b, one, other, until)
     if found is not None or until == common:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.config.schema import StageSection
+from megatron.data.document_stream import packing_words
 from megatron.data.samples import leftover_bound
 from megatron.data.schedule import TrainingStage
 from megatron.planner.positions import stretches
@@ -17,16 +18,17 @@ from megatron.planner.resolve import ResolvedRun
 def plan_of(run: ResolvedRun, sections: Sequence[StageSection] = (), run_tokens: int | None = None) -> dict[str, Any]:
     """The whole plan as JSON values.
 
-    Keys: "steps", "samples", "tokens"; "stages": one object each with its length, notes, rates, "sources" and "groups"
-    rows; "sources": each source's size, use over the run, epochs, cap, where it is repeated and runs dry, and what is
-    left of it; "groups": tokens of each group over the run and by stage.
+    Keys: "steps", "samples", "tokens" (input positions), of which "padding" hold no token; "stages": one object each
+    with its length, padding, notes, rates, "sources" and "groups" rows; "sources": each source's size, use over the
+    run, epochs, cap, where it is repeated and runs dry, and what is left of it; "groups": tokens of each group over
+    the run and by stage.
 
     Args:
         sections, run_tokens: `[[stages]]` and `train.tokens` as written, for "asked_tokens" (None where the length is
             not said in tokens, steps, samples or a share).
     """
     schedule = run.schedule
-    taken = [dict(stage.source_tokens) for stage in schedule.stages]
+    taken = [{name: stage.input_tokens(name) for name in stage.source_tokens} for stage in schedule.stages]
     asked = [
         asked_tokens(section, stage, run_tokens) for section, stage in zip(sections, schedule.stages, strict=False)
     ]
@@ -34,12 +36,13 @@ def plan_of(run: ResolvedRun, sections: Sequence[StageSection] = (), run_tokens:
         "steps": schedule.steps,
         "samples": schedule.samples,
         "tokens": schedule.tokens,
+        "padding": schedule.tokens - sum(sum(tokens.values()) for tokens in taken),
         "stages": [_stage_row(run, stage, taken[stage.index]) for stage in schedule.stages],
         "sources": [_source_row(run, name, taken) for name in sorted(run.sources)],
     }
     for row, tokens in zip(plan["stages"], asked, strict=False):
         row["asked_tokens"] = tokens
-    plan["groups"] = _groups_over_the_run(plan["sources"], schedule.tokens)
+    plan["groups"] = _groups_over_the_run(plan["sources"], schedule.tokens - plan["padding"])
     return plan
 
 
@@ -79,21 +82,25 @@ def _stage_row(run: ResolvedRun, stage: TrainingStage, taken: Mapping[str, int])
         "global_batch_size": stage.global_batch_size,
         "shapes": [list(part) for part in stretches(stage)],
         "cursor": stage.cursor,
+        "packing": packing_words(stage.documents),
+        "padding": tokens - sum(taken.values()),
         "fim": {name: [float(rates.rate), float(rates.spm)] for name, rates in stage.fim.items()},
         "lr_first": run.lr.rate(stage.start_token + stage.shapes.steps[0].batch_tokens),
         "lr_last": run.lr.rate(stage.start_token + tokens),
         "lr_before": before,
         "lr_start": run.lr.law_at(stage.index).rate(stage.start_token),
         "notes": list(stage.notes),
+        "objective": stage.objective.to_json(),
         "weights": stage.weights.to_json(),
-        "sources": [_use_row(stage, name, taken[name], tokens) for name in stage.weights.sources],
-        "groups": _group_rows(stage, taken, tokens),
+        "sources": [_use_row(stage, name, taken[name], max(1, sum(taken.values()))) for name in stage.weights.sources],
+        "groups": _group_rows(stage, taken, max(1, sum(taken.values()))),
     }
 
 
 def _use_row(stage: TrainingStage, name: str, tokens: int, stage_tokens: int) -> dict[str, Any]:
     fact = stage.facts[name]
-    before = stage.used_before.get(name, 0)
+    before, moved = stage.used_before.get(name, 0), stage.source_tokens.get(name, 0)
+    padded = stage.padded.get(name)
     return {
         "source": name,
         "group": fact.group,
@@ -101,10 +108,12 @@ def _use_row(stage: TrainingStage, name: str, tokens: int, stage_tokens: int) ->
         "target": float(stage.weights.target(name, stage.samples)),
         "tokens": tokens,
         "share": tokens / stage_tokens,
-        "epochs": _epochs(tokens, fact.epoch_tokens),
+        "epochs": _epochs(moved, fact.epoch_tokens),
         "epochs_before": _epochs(before, fact.epoch_tokens),
-        "epochs_after": _epochs(before + tokens, fact.epoch_tokens),
-        "shortfall": max(0, before + tokens - fact.cap_tokens),
+        "epochs_after": _epochs(before + moved, fact.epoch_tokens),
+        "shortfall": max(0, before + moved - fact.cap_tokens),
+        **({"padding": stage.counts.get(name, 0) * stage.seq_length - tokens} if padded else {}),
+        **({"documents": padded._asdict()} if padded else {}),
         "weight_first": float(stage.weights.weight(name, 0)),
         "weight_last": float(stage.weights.weight(name, max(0, stage.samples - 1))),
     }
@@ -141,7 +150,7 @@ def _source_row(run: ResolvedRun, name: str, taken: Sequence[Mapping[str, int]])
     source = run.sources[name]
     used = sum(tokens.get(name, 0) for tokens in taken)
     # Of its lifetime, which `take.cursors` may have begun before this run.
-    lifetime = last.used_before.get(name, 0) + taken[-1].get(name, 0)
+    lifetime = last.used_before.get(name, 0) + last.source_tokens.get(name, 0)
     left = fact.cap_tokens - lifetime
     return {
         "source": name,
@@ -150,11 +159,11 @@ def _source_row(run: ResolvedRun, name: str, taken: Sequence[Mapping[str, int]])
         "planned_only": source.order is None,
         "tokens": used,
         "tokens_by_stage": [tokens.get(name, 0) for tokens in taken],
-        "epochs": _epochs(used, source.epoch_tokens),
+        "epochs": _epochs(sum(stage.source_tokens.get(name, 0) for stage in run.schedule.stages), source.epoch_tokens),
         "max_epochs": float(fact.max_epochs),
         "dry": fact.dry,
         # What the cap leaves and no whole sample fits into is never trained on: said, not lost in silence.
-        "unused": left if fact.dry != "repeat" and 0 < left < leftover_bound(last.shapes) else 0,
+        "unused": left if fact.dry != "repeat" and not last.padded and 0 < left < leftover_bound(last.shapes) else 0,
         "never_seen": max(0, source.epoch_tokens - lifetime),
         "left_to_cap": max(0, left),
         **repetition_row(run.schedule, source),

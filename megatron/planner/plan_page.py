@@ -287,7 +287,7 @@ def _epoch_table(plan: Mapping[str, Any]) -> str:
 
 def _tokens(plan: Mapping[str, Any]) -> str:
     names = [row["name"] for row in plan["stages"]]
-    totals = [row["tokens"] for row in plan["stages"]]
+    totals = [row["tokens"] - row["padding"] for row in plan["stages"]]
     heads = ["source", *names, "in all", "share"]
     rows: list[list[Cell]] = []
     for group in sorted(plan["groups"], key=lambda row: (-row["tokens"], row["group"])):
@@ -312,7 +312,10 @@ def _cells(row: Mapping[str, Any], totals: Sequence[int], plan: Mapping[str, Any
         f"{format_count(tokens)} · {tokens / total:.1%}" if tokens else "–"
         for tokens, total in zip(row["tokens_by_stage"], totals, strict=True)
     ]
-    return [(css, words) for words in (*parts, format_count(row["tokens"]), f"{row['tokens'] / plan['tokens']:.1%}")]
+    return [
+        (css, words)
+        for words in (*parts, format_count(row["tokens"]), f"{row['tokens'] / (plan['tokens'] - plan['padding']):.1%}")
+    ]
 
 
 def _stages(plan: Mapping[str, Any]) -> str:

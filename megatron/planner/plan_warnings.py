@@ -32,6 +32,7 @@ def warnings_of(plan: Mapping[str, Any], tokenizer: str, has_sentinels: bool = T
         *_missing_tokenizer(tokenizer),
         *(() if has_sentinels else _without_sentinels(plan, tokenizer)),
         *_dry(plan),
+        *_mixed(plan),
         *_never_used(plan),
         *_jumps(plan),
         *_stage_notes(plan),
@@ -72,6 +73,21 @@ def _repeated(plan: Mapping[str, Any]) -> Iterator[Warned]:
     if few:
         text = f"repeated, at most {MUCH_REPEATED} epochs: {', '.join(few)} epochs in all"
         yield {"gravity": "low", "kind": "repetition", "text": text}
+
+
+def _mixed(plan: Mapping[str, Any]) -> Iterator[Warned]:
+    """Sources that stages read in more than one way: what is skipped in between is known when their documents are."""
+    ways: dict[str, set[str]] = {}
+    for stage in plan["stages"]:
+        for row in stage["sources"]:
+            ways.setdefault(row["source"], set()).add(stage["packing"])
+    names = [name for name, its in sorted(ways.items()) if len(its) > 1]
+    if names:
+        text = (
+            f"{', '.join(names)}: read both packed and padded, or padded in two ways; what a stage skips of documents "
+            "that another has begun is not in the epochs shown here (a run that it takes past a cap is refused)"
+        )
+        yield {"gravity": "low", "kind": "packing", "text": text}
 
 
 def _missing_tokenizer(path: str) -> Iterator[Warned]:

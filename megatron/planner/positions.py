@@ -74,13 +74,26 @@ def stage_of_token(schedule: Schedule, token: int) -> TrainingStage:
 
 
 def source_tokens_at(stage: TrainingStage, source: str, sample_offset: int) -> Fraction:
-    """Tokens of a source that the stage's first `sample_offset` samples should have: the integral of its weight."""
+    """Tokens of a source that the stage's first `sample_offset` samples should have: the integral of its weight. Of a
+    padded stage, their input positions."""
     return stage.shapes.target_tokens(stage.weights, source, sample_offset)
+
+
+def sample_tokens(stage: TrainingStage, source: str, seq_length: int) -> Fraction:
+    """Tokens of its source's stream that a sample moves it by; of a padded stage, on average over an epoch."""
+    epoch = stage.padded.get(source)
+    return Fraction(seq_length) if epoch is None else Fraction(epoch.epoch_tokens, max(1, epoch.samples))
+
+
+def stream_tokens_at(stage: TrainingStage, source: str, sample_offset: int) -> Fraction:
+    """Tokens of a source's stream by which the stage's first `sample_offset` samples should move it."""
+    tokens = source_tokens_at(stage, source, sample_offset)
+    return tokens / stage.seq_length * sample_tokens(stage, source, stage.seq_length) if stage.padded else tokens
 
 
 def used_at(stage: TrainingStage, source: str, sample_offset: int) -> Fraction:
     """Lifetime tokens of a source when the stage has given `sample_offset` samples, as planned."""
-    return stage.used_before.get(source, 0) + source_tokens_at(stage, source, sample_offset)
+    return stage.used_before.get(source, 0) + stream_tokens_at(stage, source, sample_offset)
 
 
 def where_use_passes(schedule: Schedule, source: str, tokens: int) -> Place | None:

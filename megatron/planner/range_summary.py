@@ -24,6 +24,7 @@ def summary_of(run: ResolvedRun, first: int, last: int) -> dict[str, Any]:
             continue
         stream.seek(start)
         before = _counts(stream, stage.index)
+        stood = {name: record.cursor.get("cursor", 0) for name, record in stream.ledger.sources.items()}
         stream.seek(end)
         after = _counts(stream, stage.index)
         from_, to = start - stage.start_sample, end - stage.start_sample
@@ -34,6 +35,9 @@ def summary_of(run: ResolvedRun, first: int, last: int) -> dict[str, Any]:
             # tokens of the stream over epochs where the range ends, which a restart of cursors may have put back
             cursor = stream.ledger.sources[name].cursor["cursor"]
             tokens = has_tokens - had_tokens
+            begun = cursor - tokens
+            if stage.documents is not None:  # what is skipped moves it, too
+                begun = stood[name] if from_ else stream.ledger.stages[stage.index].use[name].start["cursor"]
             rows.append(
                 {
                     "stage": stage.name,
@@ -43,7 +47,7 @@ def summary_of(run: ResolvedRun, first: int, last: int) -> dict[str, Any]:
                     "target": float(target - stage.weights.target(name, from_)),
                     "error": float(has - target),
                     "tokens": tokens,
-                    "epochs": [(cursor - tokens) // size, (cursor - 1) // size] if tokens and size else [],
+                    "epochs": [begun // size, (cursor - 1) // size] if tokens and size else [],
                 }
             )
     places = [place_row(run.schedule, _place(run, number)) for number in (first, last)]

@@ -7,7 +7,15 @@ from typing import Any
 from megatron.data.samples import leftover_bound
 from megatron.data.schedule import Schedule, TrainingStage
 from megatron.data.sources import OpenSource
-from megatron.planner.positions import Place, first_offset, place_row, source_tokens_at, used_at, where_use_passes
+from megatron.planner.positions import (
+    Place,
+    first_offset,
+    place_row,
+    sample_tokens,
+    stream_tokens_at,
+    used_at,
+    where_use_passes,
+)
 
 # Up to four epochs repeated tokens are worth nearly as much as new ones (Muennighoff et al. 2023, arXiv 2305.16264).
 MARKS = (1, 2, 4)
@@ -56,17 +64,17 @@ def dry_row(schedule: Schedule, source: str) -> dict[str, Any] | None:
 
 def _used_up(stage: TrainingStage, source: str, room: int) -> int | None:
     """The first sample number of the stage by which every whole sample that `room` tokens hold is due."""
-    length = stage.shapes.steps[-1].seq_length
+    length = sample_tokens(stage, source, stage.shapes.steps[-1].seq_length)
     whole = room // length * length
-    if not whole or source_tokens_at(stage, source, stage.samples) < whole:
+    if not whole or stream_tokens_at(stage, source, stage.samples) < whole:
         return None
-    return first_offset(stage.samples, lambda offset: source_tokens_at(stage, source, offset) >= whole)
+    return first_offset(stage.samples, lambda offset: stream_tokens_at(stage, source, offset) >= whole)
 
 
 def _renormalised(stage: TrainingStage, source: str, room: int) -> int | None:
     """The sample number at which a source leaves the stage because less than one sample more is left of it."""
     ends = [part.start for part in stage.weights.segments if 0 < part.start < stage.samples]
     for offset in [*(end for end in ends if not stage.weights.weight(source, end)), stage.samples]:
-        if room - source_tokens_at(stage, source, offset) < leftover_bound(stage.shapes):
+        if room - stream_tokens_at(stage, source, offset) < leftover_bound(stage.shapes):
             return offset
     return None

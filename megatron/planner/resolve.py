@@ -21,7 +21,9 @@ from megatron.data.past import Today, check_past, check_words, frozen_stages, ma
 from megatron.data.samples import SampleStream
 from megatron.data.schedule import Schedule, facts_of, resolve_schedule
 from megatron.data.sources import OpenSource, TokenizerIdentity, open_sources
+from megatron.data.stage_resolution import SourceFacts
 from megatron.optim.lr import LRSchedule, resolve_lr
+from megatron.planner.document_use import check_document_use
 from megatron.planner.ledger_files import read_ledger
 
 
@@ -36,11 +38,20 @@ class ResolvedRun:
     taken_cursors: Mapping[int, Ledger]
     fim_sentinels: FimSentinels | None = None
     events: tuple[dict[str, Any], ...] = ()
+    padding_id: int = 0
 
     def stream(self) -> SampleStream:
         """The samples from the ledger's position on. It moves the ledger: make one stream of a resolved run."""
         records = tuple(law.to_json() for law in self.lr.laws)
-        return SampleStream(self.schedule, self.sources, self.ledger, records, self.taken_cursors, self.fim_sentinels)
+        return SampleStream(
+            self.schedule,
+            self.sources,
+            self.ledger,
+            records,
+            self.taken_cursors,
+            self.fim_sentinels,
+            self.padding_id,
+        )
 
     def stream_from_start(self) -> SampleStream:
         """The samples from the run's first on, as they were trained on, with a ledger of its own: for looking."""
@@ -49,7 +60,14 @@ class ResolvedRun:
             if "cursors" in record.taken:
                 taken[number] = replace(self.ledger, sources=self._at_start_of(record))
         ledger = replace(self.ledger, stages=[], sources={}, order=[0, 0], events=[])
-        return SampleStream(self.schedule, self.sources, ledger, taken_cursors=taken, fim_sentinels=self.fim_sentinels)
+        return SampleStream(
+            self.schedule,
+            self.sources,
+            ledger,
+            taken_cursors=taken,
+            fim_sentinels=self.fim_sentinels,
+            padding_id=self.padding_id,
+        )
 
     def _at_start_of(self, record: StageRecord) -> dict[str, SourceRecord]:
         return {
@@ -99,7 +117,7 @@ def resolve_run(
     taken = _taken_cursors(config, identities, begun=len(ledger.stages) if ledger is not None else 0)
     schedule = resolve_schedule(
         config.stages,
-        facts_of(config.sources, {name: source.epoch_tokens for name, source in sources.items()}),
+        _facts(config, sources),
         seq_length=config.model.seq_length,
         global_batch_size=config.train.global_batch_size,
         run_tokens=config.train.tokens,
@@ -107,26 +125,29 @@ def resolve_run(
         taken={n: {name: row.lifetime_tokens for name, row in other.sources.items()} for n, other in taken.items()},
         templates=config.templates,
         fim=source_rates({name: section.fim for name, section in config.sources.items()}),
+        sources=sources,
     )
-    if tokenizer is not None and fim_sentinels is None:
-        _refuse_fim(schedule, tokenizer.name)
+    if tokenizer is not None:
+        _refuse_fim(schedule, tokenizer.name, fim_sentinels)
     check_batches(schedule, config.train.micro_batch_size, config.parallel, layout)
     lr = resolve_lr(config.stages, schedule)
-    identity, validation = tokenizer.fingerprint if tokenizer else "", validation_split(config.validation)
+    (identity, padding), events = (tokenizer.fingerprint, tokenizer.padding_id) if tokenizer else ("", 0), []
+    validation = validation_split(config.validation)
     if ledger is None:
-        fresh = Ledger(seed=config.run.seed, tokenizer=identity, validation=validation)
-        return ResolvedRun(sources, schedule, lr, fresh, taken, fim_sentinels)
-    today = Today(
-        seed=config.run.seed,
-        tokenizer=identity or ledger.tokenizer,
-        validation=validation,
-        identities=identities,
-        lr=[law.to_json() for law in lr.laws],
-        fim_sentinels=fim_sentinels,
-    )
-    check_past(ledger, schedule, today)
-    events = record_lr(ledger, today, allow_lr_change)
-    return ResolvedRun(sources, schedule, lr, ledger, taken, fim_sentinels, tuple(events))
+        ledger = Ledger(seed=config.run.seed, tokenizer=identity, validation=validation)
+    else:
+        today = Today(
+            seed=config.run.seed,
+            tokenizer=identity or ledger.tokenizer,
+            validation=validation,
+            identities=identities,
+            lr=[law.to_json() for law in lr.laws],
+            fim_sentinels=fim_sentinels,
+        )
+        check_past(ledger, schedule, today)
+        events = record_lr(ledger, today, allow_lr_change)
+    check_document_use(schedule, sources, ledger, taken)
+    return ResolvedRun(sources, schedule, lr, ledger, taken, fim_sentinels, tuple(events), padding)
 
 
 def open_run_sources(config: RunConfig, tokenizer: TokenizerIdentity | None) -> dict[str, OpenSource]:
@@ -141,8 +162,13 @@ def open_run_sources(config: RunConfig, tokenizer: TokenizerIdentity | None) -> 
     )
 
 
-def _refuse_fim(schedule: Schedule, tokenizer: str) -> None:
-    for stage in schedule.stages:
+def _facts(config: RunConfig, sources: Mapping[str, OpenSource]) -> dict[str, SourceFacts]:
+    sizes = {name: source.epoch_tokens for name, source in sources.items()}
+    return facts_of(config.sources, sizes, {name: source.documents for name, source in sources.items()})
+
+
+def _refuse_fim(schedule: Schedule, tokenizer: str, sentinels: FimSentinels | None) -> None:
+    for stage in schedule.stages if sentinels is None else ():
         for name, rates in stage.fim.items():
             raise ConfigError(
                 f"stage {stage.name!r}: source {name!r} has a fill-in-the-middle rate of {rates.rate}, and the "

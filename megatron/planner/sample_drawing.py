@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,21 +12,25 @@ import numpy as np
 from megatron.config.errors import ConfigError
 from megatron.data.assembly import assemble
 from megatron.data.samples import Sample
+from megatron.data.source_stream import EpochSpan
 from megatron.data.sources import OpenSource
 
 Decode = Callable[[Sequence[int]], str]
 HEAD, TAIL = 120, 60
+LEARNED, OTHER = "█ ", "  "
 HEAD_IDS, TAIL_IDS = 16, 8
 _NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\"}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of a piece beside its place. full: whole, not head … tail."""
+    """What is shown of a piece beside its place. full: whole, not head … tail · loss: all text, with what is learned
+    behind a bar."""
 
     decode: Decode | None = None
     ids: bool = False
     full: bool = False
+    loss: bool = False
 
 
 def visible(text: str) -> str:
@@ -61,27 +65,69 @@ def trained_ids(sample: Sample, source: OpenSource) -> list[list[int]]:
     return [tokens[start:end] for start, end in pairwise(ends)]
 
 
+def learned_tokens(sample: Sample, source: OpenSource) -> list[list[bool]]:
+    """For every piece of a sample, which of its tokens are learned when they are predicted: all but a document's first,
+    or what the source's loss mask marks of these. The first of a piece that begins within a document is predicted by
+    the piece before it."""
+    return [
+        [place > 0 and bit for place, bit in enumerate(_bits(sample, source, piece.start, piece), piece.start)]
+        for piece in sample.pieces
+    ]
+
+
+def target_counts(sample: Sample, source: OpenSource) -> list[int]:
+    """How many targets of every piece of a sample count. What fill-in-the-middle rearranges has none for its last."""
+    counts = [sum(_bits(sample, source, piece.start + 1, piece, 1)) for piece in sample.pieces]
+    files = source.opened().files
+    for number in sample.fim:
+        piece = sample.pieces[number]
+        counts[number] -= piece.end < files.document_length(piece.document)
+    return counts
+
+
+def _bits(sample: Sample, source: OpenSource, start: int, piece: EpochSpan, beyond: int = 0) -> list[bool]:
+    """Whether tokens from `start` to the end of a piece, and so many beyond it, of its document may be learned."""
+    files = source.opened().files
+    if sample.masked:
+        bits: list[bool] = files.learned(piece.document, start, piece.end + beyond).tolist()
+        return bits
+    return [True] * (min(piece.end + beyond, files.document_length(piece.document)) - start)
+
+
 def sample_lines(sample: Sample, source: OpenSource, where: str, shown: Shown) -> list[str]:
     """A sample piece by piece: position in the window, document and range, epoch, whether it begins and ends inside."""
     lines = [f"sample {sample.number} · {where} · source {sample.source}"]
     files = source.opened().files
     ids = trained_ids(sample, source) if shown.ids or shown.decode else []
+    says = sample.masked or shown.loss
+    counts, learned = (target_counts(sample, source), learned_tokens(sample, source)) if says else ([], [])
     at = 0
     for number, piece in enumerate(sample.pieces):
         length = files.document_length(piece.document)
         begins = "begins here" if piece.start == 0 else f"from token {piece.start:,}"
-        ends = "ends here" if piece.end == length else "goes on"
+        ends = "ends here" if piece.end == length else "is cut here" if sample.padded else "goes on"
         edge = "┌" if number == 0 else "├"
         lines.append(
             f"{at:>8} {edge}─ document {piece.document} [{piece.start}:{piece.end}] of {length:,} tokens · "
             f"epoch {piece.epoch} · {begins}, {ends} · {piece.end - piece.start:,} tokens"
             + (" · fill-in-the-middle" if number in sample.fim else "")
+            + (f" · the loss is on {counts[number]:,}" if says else "")
         )
-        if shown.ids or shown.decode:
+        if shown.loss and shown.decode:
+            runs = marked_runs(ids[number], learned[number], shown.decode)
+            lines += [f"{'':>8} │  {LEARNED if key else OTHER}{visible(text)}" for key, text in runs]
+        elif shown.ids or shown.decode:
             lines += [f"{'':>8} │  {line}" for line in _content(ids[number], shown)]
         at += piece.end - piece.start
-    lines.append(f"{at:>8} └─ the window ends")
+    ends = f": the loss is on {sum(counts):,} of its targets" if says else ""
+    lines.append(f"{at:>8} └─ {'padding from here on' if sample.padded else 'the window ends'}{ends}")
     return lines
+
+
+def marked_runs(ids: Sequence[int], learned: Sequence[bool], decode: Decode) -> list[tuple[bool, str]]:
+    """Texts of tokens that follow each other and are all learned or all not."""
+    pairs = groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
+    return [(key, decode([token for token, _ in group])) for key, group in pairs]
 
 
 def _content(ids: Sequence[int], shown: Shown) -> list[str]:

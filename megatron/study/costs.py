@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron.config.errors import ConfigError
@@ -15,7 +16,7 @@ from megatron.planner.layout_plan import batches_of, default_processes
 from megatron.planner.run_time import run_time, step_times
 from megatron.study.graph import Graph, Node
 from megatron.study.identity import longest_sequence, shape_of, vocabulary_of
-from megatron.study.steps import TrainStep
+from megatron.study.steps import TrainStep, regular_steps, trained
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,25 @@ def _time(
     return NodeTime(count, run_time(schedule, steps, count).seconds)
 
 
-def node_disk(node: Node) -> NodeDisk | None:
-    """What stays of a node; None where the vocabulary is not known."""
-    step = node.step
-    if not isinstance(step, TrainStep):
-        return None
+def node_disk(node: Node, averaged: Collection[int] = ()) -> NodeDisk | None:
+    """What stays of a node; None where the vocabulary is not known. averaged: steps that averages need of it."""
+    step = trained(node.step)[-1]
     config = step.config
     if vocabulary_of(config) is None:
         return None
     shape = shape_of(config, longest_sequence(step))
-    checkpoint = sum(checkpoint_bytes(shape, config.optimizer, config.train.precision))
-    return NodeDisk(_kept(config, step), checkpoint, export_bytes(shape))
+    model, optimizer = checkpoint_bytes(shape, config.optimizer, config.train.precision)
+    if not isinstance(node.step, TrainStep):
+        return NodeDisk(1, model, export_bytes(shape))
+    return NodeDisk(_kept(config, step, averaged), model + optimizer, export_bytes(shape))
 
 
-def _kept(config: RunConfig, step: TrainStep) -> int:
-    """The one at its end, the newest `keep` of the others, and the copy of what it goes on from."""
-    every, end = config.checkpoint.every, step.stage.end_step
-    regular = (end - 1) // every - step.stage.start_step // every
-    return 1 + min(max(0, regular), config.checkpoint.keep) + (step.before is not None)
+def _kept(config: RunConfig, step: TrainStep, averaged: Collection[int]) -> int:
+    """The one at its end and those for averages, the newest `keep` of the others, and the copy of what it goes on
+    from."""
+    regular = regular_steps(step.stage.start_step, step.stage.end_step, config.checkpoint.every)[1:]
+    passing = [number for number in regular if number not in averaged]
+    return 1 + len(averaged) + min(len(passing), config.checkpoint.keep) + (step.before is not None)
 
 
 def check_processes(graph: Graph, processes: int | None) -> None:

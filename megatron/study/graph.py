@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig, RunSection, StageSection
 from megatron.study.identity import Document, average_document, hash_of, train_document
 from megatron.study.steps import AverageStep, ResolvedArm, Step, TrainStep, naive_tokens, trained
@@ -52,11 +54,13 @@ class PlacedArm:
 
 @dataclass(frozen=True)
 class Graph:
-    """nodes: by id, parents before children · arms: for each seed and arm · steps: ids by a step's id() and seed."""
+    """nodes: by id, parents before children · arms: for each seed and arm · steps: ids by a step's id() and seed ·
+    averaged: by id of a training node, steps whose checkpoints averages need besides its last."""
 
     nodes: Mapping[str, Node]
     arms: tuple[PlacedArm, ...]
     steps: Mapping[tuple[int, int], str]
+    averaged: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def naive(self) -> int:
@@ -82,6 +86,7 @@ class Graph:
     def run_config(self, name: str, output: str) -> RunConfig:
         """The config of the run that trains a node: its whole chain of training stages, to be resumed from what is
         before it. Trunks are said as their own nodes say them, whatever the arm calls them: resumes compare names.
+        Checkpoints that averages need are kept for good.
 
         output: the study's folder; the run's is below it, by the node's id.
         """
@@ -101,7 +106,12 @@ class Graph:
             name=f"{self.nodes[name].label}-{name[:8]}", output=f"{output}/nodes/{name}", seed=self.nodes[name].seed
         )
         kept = [template for template in templates.values() if template.name not in names]
-        return step.config.model_copy(update={"run": run, "stages": stages, "templates": kept})
+        update: dict[str, Any] = {"run": run, "stages": stages, "templates": kept}
+        if averaged := self.averaged.get(name):
+            saves = step.config.checkpoint
+            steps = sorted({*saves.keep_steps, *averaged})
+            update["checkpoint"] = saves.model_copy(update={"keep_steps": steps})
+        return step.config.model_copy(update=update)
 
     def _chain(self, step: TrainStep, seed: int) -> list[tuple[StageSection, list[StageSection]]]:
         """Each training stage behind a step, in the words of its node, with the templates that these may refer to."""
@@ -118,8 +128,14 @@ class Graph:
         return once, sum(arm.naive for arm in arms)
 
 
-def graph_of(arms: Mapping[str, ResolvedArm], seeds: Sequence[int]) -> Graph:
-    """The nodes that arms need, for every seed."""
+def graph_of(
+    arms: Mapping[str, ResolvedArm], seeds: Sequence[int], others: Mapping[str, ResolvedArm] | None = None
+) -> Graph:
+    """The nodes that arms need, for every seed. others: all arms of the study, where these are some of them: what their
+    averages need is kept, too.
+
+    Raises ConfigError for an average of one and the same node.
+    """
     builder = _Builder()
     placed = []
     for seed in seeds:
@@ -129,7 +145,19 @@ def graph_of(arms: Mapping[str, ResolvedArm], seeds: Sequence[int]) -> Graph:
                 if arm.name not in node.arms:
                     node.arms.append(arm.name)
             placed.append(PlacedArm(arm.name, seed, arm.experiment, path, naive_tokens(arm.end)))
-    return Graph(builder.nodes, tuple(placed), {key: node.id for key, node in builder.known.items()})
+    averaged = _averaged({**(others or {}), **arms}, seeds)
+    return Graph(builder.nodes, tuple(placed), {key: node.id for key, node in builder.known.items()}, averaged)
+
+
+def _averaged(arms: Mapping[str, ResolvedArm], seeds: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """By id of a training node, the steps whose checkpoints averages need besides its last."""
+    builder, found = _Builder(), dict[str, set[int]]()
+    for seed in seeds:
+        for arm in arms.values():
+            for step in arm.steps:
+                if isinstance(step, AverageStep) and step.last:
+                    found.setdefault(builder.node(step.members[0], seed).id, set()).update(step.last_steps[1:])
+    return {name: tuple(sorted(steps)) for name, steps in found.items()}
 
 
 class _Builder:
@@ -143,7 +171,13 @@ class _Builder:
             return found
         if isinstance(step, AverageStep):
             above = [self.node(member, seed).id for member in step.members]
-            document = average_document(step, above)
+            if len(set(above)) == 1 and not step.last:
+                raise ConfigError(
+                    f"arm {step.arm!r}: stage {step.label!r} averages "
+                    f"{', '.join(f'{member.arm}/{member.label}' for member in step.members)}, which are one and the "
+                    "same node, so there is nothing to average: name stages that differ, or use last = N"
+                )
+            document = average_document(step, above, self.node(trained(step)[-1], seed).id)
         else:
             above = [self.node(step.before, seed).id] if step.before is not None else []
             document = train_document(step, seed, above[0] if above else None, self._position(step, seed))

@@ -16,6 +16,7 @@ from typing import Any
 from megatron.config.errors import ConfigError
 from megatron.config.model_shape import ModelShape, resolve_model
 from megatron.config.schema import OptimizerSection, RunConfig
+from megatron.data.document_stream import packing_words
 from megatron.data.ledger import ALGORITHM
 from megatron.data.sources import TokenizerIdentity
 from megatron.study.steps import AverageStep, TrainStep
@@ -61,6 +62,10 @@ def train_document(step: TrainStep, seed: int, before: str | None, position: str
     }
     if position != before:
         document["position"] = position
+    if stage.objective.masks:
+        document["stage"]["masks"] = dict(stage.objective.masks)
+    if stage.documents is not None:
+        document["packing"] = packing_words(stage.documents)
     if stage.fim:
         document["tokenizer.fim"] = config.tokenizer.model_dump(mode="json")["fim"]
     if step.learned is not None:
@@ -68,10 +73,12 @@ def train_document(step: TrainStep, seed: int, before: str | None, position: str
     return document
 
 
-def average_document(step: AverageStep, members: list[str]) -> Document:
-    """What averaged checkpoints depend on. members: the hashes of the nodes that they are of."""
+def average_document(step: AverageStep, members: list[str], position: str) -> Document:
+    """What averaged checkpoints depend on. members: the hashes of the nodes that they are of; position: of that whose
+    data position the average has. The order of the members counts no further."""
     document: Document = {
-        "average": sorted([member, str(weight)] for member, weight in zip(members, step.weights, strict=False))
+        "average": sorted([member, str(weight)] for member, weight in zip(members, step.weights, strict=False)),
+        "position": position,
     }
     if step.last:
         document = {"average": members, "last": step.last, "every": step.every, "weights": list(map(str, step.weights))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def write_study_page(path: Path, plan: Mapping[str, Any]) -> Path:
 def study_page(plan: Mapping[str, Any]) -> str:
     """The document. `plan` is `study_plan`'s."""
     sections = [
-        ("Graph", _graph(plan)),
+        ("Graph", graph_figure(plan)),
         ("Tokens", _tokens(plan)),
         ("Arms", _arms(plan)),
         ("Nodes", _nodes(plan)),
@@ -66,8 +66,11 @@ def study_page(plan: Mapping[str, Any]) -> str:
 # -- the graph ---------------------------------------------------------------------------------------------------------
 
 
-def _graph(plan: Mapping[str, Any]) -> str:
-    """One seed's nodes: columns by depth, a row for each that nothing goes on from first."""
+def graph_figure(plan: Mapping[str, Any], undone: Collection[str] = (), links: Mapping[str, str] | None = None) -> str:
+    """One seed's nodes: columns by depth, a row for each that nothing goes on from first.
+
+    undone: nodes that are drawn as not there yet · links: by node, where a click leads.
+    """
     seed = plan["seeds"][0]
     nodes = [row for row in plan["nodes"] if row["seed"] == seed]
     ends = ends_of({"arms": [arm for arm in plan["arms"] if arm["seed"] == seed]})
@@ -81,7 +84,10 @@ def _graph(plan: Mapping[str, Any]) -> str:
         for parent in node["parents"]:
             parts.append(_edge(places[parent], places[node["id"]]))
     childless = {row["id"] for row in nodes} - {parent for row in nodes for parent in row["parents"]}
-    parts += [_box(node, places[node["id"]], ends.get(node["id"], []), node["id"] in childless) for node in nodes]
+    for node in nodes:
+        box = _box(node, places[node["id"]], ends.get(node["id"], []), node["id"] in childless, node["id"] in undone)
+        link = (links or {}).get(node["id"])
+        parts.append(f'<a href="{escape(link)}">{box}</a>' if link else box)
     return f'<figure class="graph">{"".join(parts)}</svg></figure>'
 
 
@@ -114,9 +120,10 @@ def _edge(parent: tuple[int, int], child: tuple[int, int]) -> str:
     return f'<path class="edge" d="M{start} {y + 18}H{middle}V{to_y + 18}H{to_x}"/>'
 
 
-def _box(node: Mapping[str, Any], place: tuple[int, int], arms: Sequence[str], last: bool) -> str:
+def _box(node: Mapping[str, Any], place: tuple[int, int], arms: Sequence[str], last: bool, undone: bool) -> str:
     x, y = _corner(place)
     kind = " average" if node["kind"] == "average" else " shared" if len(node["arms"]) > 1 else ""
+    kind += " undone" if undone else ""
     size = format_count(node["tokens"]) if node["kind"] == "train" else "average"
     label = node["label"] if len(node["label"]) <= 20 else node["label"][:19] + "…"
     title = escape(f"{node['label']}: {node['mixture'] or size}; arms: {', '.join(node['arms'])}")

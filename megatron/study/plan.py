@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +18,7 @@ from megatron.study.mixture_in_words import mixture_in_words
 from megatron.study.resolve_arms import resolve_arms
 from megatron.study.sharing import lost_sharing, same_aggregates, same_arms, unequal_controls
 from megatron.study.steps import ResolvedArm, TrainStep, trained
-from megatron.study.study_file import Study, load_study, nearest
+from megatron.study.study_file import Study, load_study, nearest, with_seeds
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,19 @@ class PlannedStudy:
     notes: tuple[str, ...]
 
 
-def plan_study(path: Path, only: Iterable[str] = ()) -> PlannedStudy:
-    """Reads, resolves and links a study. only: names or patterns of arms; default all.
+def plan_study(path: Path, only: Iterable[str] = (), seeds: Sequence[int] = ()) -> PlannedStudy:
+    """Reads, resolves and links a study. only: names or patterns of arms; default all. seeds: instead of study.seeds.
 
     Raises ConfigError, DataError.
     """
     study = load_study(path)
+    if seeds:
+        study = with_seeds(study, seeds)
     words = arms_of(study)
     chosen = _chosen(list(words), list(only))
-    resolved = {name: arm for name, arm in resolve_arms(study, words).items() if name in chosen}
-    graph = graph_of(resolved, study.words.study.seeds)
+    arms = resolve_arms(study, words)
+    resolved = {name: arm for name, arm in arms.items() if name in chosen}
+    graph = graph_of(resolved, study.words.study.seeds, arms)
     return PlannedStudy(study, resolved, graph, (*study.notes, *unused_words(study, words)))
 
 
@@ -65,7 +68,7 @@ def study_plan(planned: PlannedStudy, times: Mapping[str, NodeTime] | None = Non
     "same_arms"; "same_aggregate"; "warnings".
     """
     graph, section = planned.graph, planned.study.words.study
-    nodes = [_node_row(node, times) for node in graph.nodes.values()]
+    nodes = [_node_row(node, times, graph.averaged.get(node.id, ())) for node in graph.nodes.values()]
     plan: dict[str, Any] = {
         "study": section.name,
         "file": str(planned.study.path),
@@ -86,14 +89,14 @@ def study_plan(planned: PlannedStudy, times: Mapping[str, NodeTime] | None = Non
     if times is not None:
         known = [row["gpu_hours"] for row in nodes if row["gpu_hours"] is not None]
         plan["gpu_hours"] = sum(known) if len(known) == len(nodes) else None
-    disks = [row["disk_bytes"] for row in nodes if row["kind"] == "train"]
+    disks = [row["disk_bytes"] for row in nodes]
     plan["disk_bytes"] = None if None in disks else sum(disks)
     plan["warnings"] = _warnings(planned, plan)
     return plan
 
 
-def _node_row(node: Node, times: Mapping[str, NodeTime] | None) -> dict[str, Any]:
-    step, disk = node.step, node_disk(node)
+def _node_row(node: Node, times: Mapping[str, NodeTime] | None, averaged: Sequence[int]) -> dict[str, Any]:
+    step, disk = node.step, node_disk(node, averaged)
     row: dict[str, Any] = {
         "id": node.id,
         "kind": node.kind,
@@ -127,8 +130,9 @@ def _arm_row(planned: PlannedStudy, arm: PlacedArm) -> dict[str, Any]:
 def _stage_row(step: Any) -> dict[str, Any]:
     if not isinstance(step, TrainStep):
         shares = ", ".join(f"{float(weight * 100):.3g} %" for weight in step.weights)
+        steps = ", ".join(f"{one:,}" for one in step.last_steps)
         of = (
-            f"the last {step.last} of {step.members[0].label}"
+            f"the last {step.last} of {step.members[0].label} (steps {steps})"
             if step.last
             else ", ".join(f"{member.arm}/{member.label}" for member in step.members)
         )

@@ -25,7 +25,15 @@ from megatron.study.identity import shape_of, tokenizer_identity
 from megatron.study.learned_weights import LearnedWeights, read_weights
 from megatron.study.overrides import StageWords
 from megatron.study.sections import StudyStage
-from megatron.study.steps import AverageStep, ResolvedArm, Step, TrainStep, planned_ledger, trained
+from megatron.study.steps import (
+    AverageStep,
+    ResolvedArm,
+    Step,
+    TrainStep,
+    planned_ledger,
+    regular_steps,
+    trained,
+)
 from megatron.study.study_file import Study, check_stage, nearest
 
 _OF_THE_STUDY = ("weights_from", "cap", "average", "last", "weights")
@@ -203,15 +211,13 @@ class _Arm:
         every = 0
         if stage.last:
             behind = trained(members[0])[-1]
-            section = behind.config.checkpoint
-            every = section.every
-            there = behind.stage.end_step // every - behind.stage.start_step // every
-            there = min(there, section.keep) + (1 if behind.stage.end_step % every else 0)
+            every = behind.config.checkpoint.every
+            there = len(regular_steps(behind.stage.start_step, behind.stage.end_step, every))
             if there < stage.last:
                 raise ConfigError(
                     f"{self._where}: stage {words.name!r} averages {stage.last} checkpoints, and stage "
-                    f"{behind.label!r} leaves {there} ({behind.stage.steps:,} steps, checkpoint.every {every}, keep "
-                    f"{section.keep}): set checkpoint.keep to {stage.last} or more, or a smaller checkpoint.every"
+                    f"{behind.label!r} saves {there} ({behind.stage.steps:,} steps, checkpoint.every {every}): set a "
+                    "smaller checkpoint.every"
                 )
         return AverageStep(
             words.name,

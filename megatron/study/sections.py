@@ -11,6 +11,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from megatron.config.quantities import parse_count
 from megatron.config.schema import EvaluationSection, StageSection
 from megatron.config.section import Section
+from megatron.study.report_section import ReportSection
+from megatron.study.results_section import ResultsSection
+from megatron.study.slurm_section import SlurmTable
 
 _NAME = re.compile(r"[^\s/*?\[\]{}]+")
 
@@ -161,3 +164,6 @@ class StudyConfig(Section):
     arms: Annotated[dict[Name, ArmSection], Field(min_length=1)]
     axes: dict[Name, AxisSection] = Field(default_factory=dict)
     evaluation: EvaluationSection | None = None
+    results: ResultsSection = Field(default_factory=ResultsSection)
+    report: ReportSection = Field(default_factory=ReportSection)
+    slurm: SlurmTable = Field(default_factory=dict, description="options of its jobs, as launch_slurm has them")

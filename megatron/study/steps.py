@@ -62,6 +62,15 @@ class AverageStep:
     notes: tuple[str, ...] = field(default=())
     overrides: tuple[Override, ...] = ()
 
+    @property
+    def last_steps(self) -> tuple[int, ...]:
+        """Of `last`: the steps, of the whole chain, whose checkpoints are averaged, the newest first. What a signal or
+        save-now saves besides is none of them: members are the same however often a run was stopped."""
+        if not self.last:
+            return ()
+        stage = trained(self.members[0])[-1].stage
+        return regular_steps(stage.start_step, stage.end_step, self.every)[: self.last]
+
 
 Step = TrainStep | AverageStep
 
@@ -100,6 +109,11 @@ def trained(step: Step | None) -> list[TrainStep]:
         chain.append(step)
         step = step.before
     return chain[::-1]
+
+
+def regular_steps(start: int, end: int, every: int) -> tuple[int, ...]:
+    """Steps at which a stage from after `start` to `end` saves by itself, the newest first."""
+    return (end, *range((end - 1) // every * every, start, -every))
 
 
 def naive_tokens(step: Step) -> int:

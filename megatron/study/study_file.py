@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from megatron.config.errors import ConfigError
 from megatron.config.load import Places, validated
 from megatron.config.schema import RunConfig
-from megatron.study.sections import StudyConfig, StudyStage
+from megatron.study.sections import StudyConfig, StudySection, StudyStage
 
 OF_THE_STUDY = {
     "run": "study.name, study.output and study.seeds say it",
@@ -57,6 +57,13 @@ def load_study(path: Path) -> Study:
     if words.study.baseline is None:
         notes = [*notes, "study.baseline is not said: reports need the arm that others are compared with"]
     return Study(path, places, words, base, words.stages, tuple(notes))
+
+
+def with_seeds(study: Study, seeds: Sequence[int]) -> Study:
+    """The study with these seeds instead of study.seeds. Raises ConfigError where one is none, or is given twice."""
+    tables = study.words.study.model_dump() | {"seeds": list(seeds)}
+    section = validated(StudySection, tables, Places("--seeds"))
+    return replace(study, words=study.words.model_copy(update={"study": section}))
 
 
 def check_stage(tables: dict[str, Any], key: str, place: str) -> StudyStage:

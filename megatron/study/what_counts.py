@@ -56,7 +56,10 @@ ROWS = (
     ),
     Row("model", "never", "family", "what an export is to be"),
     Row(
-        "sources.*", "resolved", "data tokens", "by the content of the files; by the declared size until they are there"
+        "sources.*",
+        "resolved",
+        "data tokens documents",
+        "by the content of the files; by the declared size until they are there",
     ),
     Row("sources.*", "counts", "slice", "which documents, beside the content"),
     Row("sources.*", "resolved", "group", "of the sources that have a weight: ties in the order go by group"),
@@ -109,6 +112,9 @@ ROWS = (
     Row("stages.*.shapes.*", "resolved", "length seq_length global_batch_size", "by the shapes"),
     Row("stages.*.batch_ramp", "resolved", "start increment over", "by the shapes"),
     Row("stages.*", "resolved", "fim", "by the rates of its sources"),
+    Row("stages.*", "resolved", "objective whole_loss", "by the loss masks that are read, and their content"),
+    Row("stages.*", "resolved", "weigh_by", "by the weights"),
+    Row("stages.*", "counts", "packing too_long", 'whole documents or windows; where packing is not "packed"'),
     Row("parallel", "never", "engine tensor sequence pipeline virtual context context_method schedule", "layout"),
     Row("parallel", "never", "data_shard data_replicate offload deepspeed_config", "layout"),
     Row("parallel", "never", "recompute recompute_policy recompute_layers", "memory for time"),
@@ -122,7 +128,7 @@ ROWS = (
     Row(
         "checkpoint",
         "never",
-        "every keep asynchronous",
+        "every keep keep_steps asynchronous",
         "when a run saves; an average of the last few counts it itself",
     ),
     Row(

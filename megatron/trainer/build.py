@@ -21,7 +21,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.fim import sentinels_of
 from megatron.data.ledger import Ledger
 from megatron.data.ledger_events import Event
-from megatron.data.loader import BatchLoader, validation_batches
+from megatron.data.loader import BatchLoader
 from megatron.data.native import backend_name
 from megatron.data.schedule import Schedule
 from megatron.data.sources import TokenizerIdentity
@@ -37,6 +37,7 @@ from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.load import load_tokenizer
 from megatron.trainer.chosen import Chosen, choose
 from megatron.trainer.evaluating import Evaluations, check_can_evaluate
+from megatron.trainer.held_out import held_out_of, unread_masks
 from megatron.trainer.hooks import Checkpoint, CompareOrder, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.job import Job, OneProcess
 from megatron.trainer.loop import Run, train
@@ -48,7 +49,7 @@ from megatron.trainer.spike_bounds import leaps
 from megatron.trainer.spikes import GoBack, SpikeWatch
 from megatron.trainer.state import TrainerState
 from megatron.trainer.stopping import Stopping
-from megatron.trainer.takeover import StageStart, check_takes
+from megatron.trainer.takeover import StageStart, check_goes_on, check_takes
 
 
 @dataclass
@@ -180,6 +181,7 @@ def _checked_shape(
     check_takes(config.stages[len(resolved.ledger.stages) :], shape, board)
     if found:
         check_shape(found, shape)
+        check_goes_on(found, config.stages, resolved.schedule)
     return shape
 
 
@@ -207,16 +209,18 @@ def _assemble(
     """The loop's pieces around what the saver already holds: state, engine, sinks. events: of the ledger, new ones."""
     train, validation, names = config.train, config.validation, sorted(resolved.sources)
     state, engine, sinks, clock = saver.state, saver.engine, saver.sinks, job.clock()
-    held_out = validation_batches(resolved.sources, config.model.seq_length, train.micro_batch_size, validation.samples)
+    held_out = held_out_of(resolved, config.model.seq_length, train.micro_batch_size, validation.samples)
     loader = _loader(config, resolved, state, mesh)
     watch = _watch(config, resolved, saver, events, say)
     ends = frozenset(stage.end_sample for stage in resolved.schedule.stages)
-    stopping.plan(saver, mesh, clock, train, validation.every, len(held_out))
+    longest = max((len(part.microbatches) for part in held_out.values()), default=0)
+    stopping.plan(saver, mesh, clock, train, validation.every, longest)
     evaluations = Evaluations(
         config.evaluation, folder, job, state, sinks, saver.manager, clock, ends, say, stopping.reason
     )
     evaluations.begin()
-    checkpoint = Checkpoint(config.checkpoint.every, saver, clock, saver.poll, stopping.saves_now)
+    kept = frozenset(config.checkpoint.keep_steps)
+    checkpoint = Checkpoint(config.checkpoint.every, saver, clock, saver.poll, stopping.saves_now, kept)
     run = Run(
         state=state,
         engine=engine,
@@ -237,7 +241,7 @@ def _assemble(
             evaluations,
         ],
         clock=clock,
-        looks_at=lambda step: step % config.checkpoint.every == 0 or step % validation.every == 0,
+        looks_at=lambda step: step % config.checkpoint.every == 0 or step % validation.every == 0 or step in kept,
         save_at_stop=lambda: stopping.at_stop(checkpoint.at_stop),
         launch=watch.launch,
     )
@@ -370,14 +374,15 @@ def description(
     ]
     lines += [f"  {key}: {value}" for key, value in engine.describe().items() if key != "precision"]
     lines += [f"  note: stage {s.name!r}: {note}" for s in schedule.stages for note in s.notes]
-    masked = [name for name, source in sorted(resolved.sources.items()) if source.has_loss_mask]
-    lines += [f"  note: source {name!r} has a loss mask, which train does not read: all is learned" for name in masked]
+    lines += [f"  note: {note}" for note in unread_masks(resolved)]
     return lines + [f"  note: {event['event']} in stage {event['stage']!r}" for event in resolved.events]
 
 
 def data_facts(resolved: ResolvedRun, tokenizer: Tokenizer) -> dict[str, str]:
-    """What must be the same data on every rank: the fingerprints of the tokenizer and of each source."""
+    """What must be the same data on every rank: the fingerprints of the tokenizer and of each source, loss masks."""
     sources = {f"the fingerprint of source {name!r}": s.fingerprint for name, s in sorted(resolved.sources.items())}
+    masks = {name: mask for stage in resolved.schedule.stages for name, mask in stage.objective.masks.items()}
+    sources |= {f"the loss mask of source {name!r}": mask for name, mask in sorted(masks.items())}
     return {"the fingerprint of the tokenizer": tokenizer.fingerprint, **sources}
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from megatron.config.errors import NonFiniteError
 from megatron.data.ledger import add_to_order, hash_words
-from megatron.engines.base import Engine, MicrobatchLike
+from megatron.engines.base import NO_TARGET, Engine
 from megatron.metrics.meters import StepClock
 from megatron.metrics.row_tail import ASIDE
 from megatron.metrics.sinks import Sink
+from megatron.trainer.held_out import HeldOut
 from megatron.trainer.state import Step, TrainerState
 
 
@@ -48,7 +49,7 @@ class Log:
             "training_stage": state.training_stage,
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
-            "loss": result.loss,
+            "loss": None if result.reason == NO_TARGET else result.loss,
             "loss_by_source": losses,
             "lr": step.lr,
             "grad_norm": result.grad_norm,
@@ -67,9 +68,11 @@ class Log:
         aside = {f"{name}_seconds": round(spent[name], 6) for name in ASIDE if name in spent}
         seconds = spent["step"] - sum(spent.get(name, 0.0) for name in ASIDE)
         step.state.seconds += seconds
+        padding = step.batch.padding
         return {
             "tokens": step.batch.tokens,
-            "tokens_per_second": round(step.batch.tokens / max(seconds, 1e-9), 3),
+            **({"padding": padding} if padding else {}),
+            "tokens_per_second": round((step.batch.tokens - padding) / max(seconds, 1e-9), 3),
             "step_seconds": round(seconds, 6),
             "engine_seconds": round(spent.get("engine", 0.0), 6),
             "data_seconds": round(spent.get("data", 0.0), 6),
@@ -100,20 +103,20 @@ class CompareOrder:
 
 class Validate:
     """Evaluates held-out samples by source every `every` steps and at the end of each training stage; of steps that
-    are passed over, which leave weights as they are, at the latter alone."""
+    are passed over, which leave weights as they are, at the latter alone. held_out: by name of each training stage."""
 
     def __init__(
         self,
         every: int,
         engine: Engine,
-        microbatches: Sequence[MicrobatchLike],
+        held_out: Mapping[str, HeldOut],
         sources: Sequence[str],
         sinks: Sequence[Sink],
         clock: StepClock,
     ) -> None:
         self._every = every
         self._engine = engine
-        self._microbatches = microbatches
+        self._held_out = held_out
         self._sources = sources
         self._sinks = sinks
         self._clock = clock
@@ -121,17 +124,20 @@ class Validate:
     def __call__(self, step: Step) -> None:
         """Evaluates where it is time to."""
         due = step.state.step % self._every == 0 and not step.batch.passed_over
-        if self._microbatches and (due or step.ends_training_stage):
+        held_out = self._held_out[step.state.training_stage]
+        if held_out.microbatches and (due or step.ends_training_stage):
             with self._clock.spending("validation"):
-                sums = self._engine.evaluate(self._microbatches)
+                sums = self._engine.evaluate(held_out.microbatches)
             state = step.state
-            row = {
+            row: dict[str, Any] = {
                 "step": state.step,
                 "training_stage": state.training_stage,
                 "consumed_samples": state.consumed_samples,
                 "consumed_tokens": state.consumed_tokens,
                 "validation": {self._sources[source]: mean(*sums[source]) for source in sorted(sums)},
             }
+            if held_out.masked:
+                row["validation_masked"] = list(held_out.masked)
             for sink in self._sinks:
                 sink.write(row)
 
@@ -150,15 +156,24 @@ class StopWhereNothingIsLearnt:
             raise NonFiniteError(
                 f"step {state.step}: {state.skipped_in_row} steps in a row without an update "
                 f"(train.max_non_finite = {self._limit}); the last: {step.result.reason or 'loss not finite'}. "
-                f"The newest checkpoint is {self._newest()}. Lower the learning rate or optimizer.clip_grad_norm, set "
-                "train.precision to fp32, or look at the last batch with tools/inspect_data.py "
-                f"--samples {state.consumed_samples - step.batch.samples}:{state.consumed_samples}"
+                f"The newest checkpoint is {self._newest()}. {self._remedy(step)}"
             )
+
+    @staticmethod
+    def _remedy(step: Step) -> str:
+        end = step.state.consumed_samples
+        look = f"look at the last batch with tools/inspect_data.py --samples {end - step.batch.samples}:{end}"
+        if step.result.reason == NO_TARGET:
+            return (
+                f"The loss masks mark nothing in these batches: {look} --loss, raise the stage's global_batch_size or "
+                "seq_length, or leave out the source whose documents have so few targets"
+            )
+        return f"Lower the learning rate or optimizer.clip_grad_norm, set train.precision to fp32, or {look}"
 
 
 class Checkpoint:
-    """Saves every `every` steps, at the end of each training stage (kept for good), when asked to and when the run
-    stops.
+    """Saves every `every` steps, at the end of each training stage and at `keep_steps` (both kept for good), when asked
+    to and when the run stops.
 
     While steps go without an update, or are passed over, nothing that could wait is saved, and nothing older is
     deleted: the last good checkpoints must not be pushed out by a run that has gone wrong.
@@ -171,14 +186,16 @@ class Checkpoint:
         clock: StepClock,
         poll: Callable[[], None] = lambda: None,
         asked_for: Callable[[], None] = lambda: None,
+        keep_steps: Collection[int] = (),
     ) -> None:
         """poll: raises what went wrong in a save that ran beside training. asked_for: called before a save that was
-        asked for out of turn."""
+        asked for out of turn. keep_steps: steps that are saved besides, and kept for good."""
         self._every = every
         self._save = save
         self._clock = clock
         self._poll = poll
         self._asked_for = asked_for
+        self._keep_steps = frozenset(keep_steps)
         self._saved = -1
 
     def __call__(self, step: Step) -> None:
@@ -186,13 +203,14 @@ class Checkpoint:
         self._poll()
         learning = step.learnt
         due = step.state.step % self._every == 0 and learning
-        saves = bool(due or step.ends_training_stage or step.stop or step.save)
+        kept = step.ends_training_stage or step.state.step in self._keep_steps
+        saves = bool(due or kept or step.stop or step.save)
         self._saved = step.state.step if saves else -1
         if step.save:
             self._asked_for()
         if saves:
             with self._clock.spending("checkpoint"):
-                self._save(step.ends_training_stage, learning)
+                self._save(kept, learning)
 
     def at_stop(self, state: TrainerState) -> None:
         """Saves a run that stops between two steps, unless it was saved after the last one."""

@@ -39,6 +39,10 @@ class BatchLike(Protocol):
         """Input positions in it."""
 
     @property
+    def padding(self) -> int:
+        """Those of them that hold no token."""
+
+    @property
     def digest(self) -> str:
         """64 bits over its token ids and their places, in hexadecimal."""
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.checkpoint.board import Board
+from megatron.checkpoint.averaged_members import AVERAGED
 from megatron.checkpoint.imported import ORIGIN
 from megatron.checkpoint.manager import CheckpointRef
 from megatron.checkpoint.tensor_shards import TensorSource
 from megatron.config.errors import CheckpointError, ConfigError
-from megatron.config.model_shape import ModelShape
+from megatron.config.model_shape import NO_FUNCTION, ModelShape
 from megatron.config.schema import StageSection
+from megatron.data.schedule import Schedule
 from megatron.engines.base import Engine
 from megatron.engines.model_parts import InitialWeights
 from megatron.hf.import_weights import HuggingFaceTensors
@@ -19,8 +21,6 @@ from megatron.trainer.resume import Say, whole_checkpoint_at
 from megatron.trainer.state import TrainerState
 
 KEEP = ("continue", "fresh")
-NO_FUNCTION = {"document_mask", "family", "hidden_dropout", "initializer_range", "max_position_embeddings"}
-"""Fields of a ModelShape in which imported weights and a model may differ: they say how to train, or how far."""
 
 
 class StageStart:
@@ -97,8 +97,10 @@ def check_takes(sections: Sequence[StageSection], shape: ModelShape, board: Boar
 
 
 def _check_imported(found: CheckpointRef, key: str, shape: ModelShape) -> None:
-    """Raises ConfigError where the checkpoint is an imported model, and more than its weights is asked of it, or they
-    would mean another function: what sizes do not show is compared, as with a Hugging Face folder."""
+    """Raises ConfigError where the checkpoint is an imported model or an average, and more than it has is asked of it,
+    or its weights would mean another function: what sizes do not show is compared, as with a Hugging Face folder."""
+    if AVERAGED in found.state and key == "optimizer":
+        raise ConfigError('an average has weights and a data position, no optimizer: say optimizer = "fresh"')
     if ORIGIN not in found.state:
         return
     if key != "weights":
@@ -112,6 +114,29 @@ def _check_imported(found: CheckpointRef, key: str, shape: ModelShape) -> None:
         raise ConfigError(
             f"{'; '.join(different)}: its weights would mean another function: take [model] from "
             f"{found.path}/config.toml"
+        )
+
+
+def check_goes_on(found: CheckpointRef, sections: Sequence[StageSection], schedule: Schedule) -> None:
+    """Looks at whether a run can go on from a checkpoint that may be an average, which has no optimizer state.
+
+    Raises ConfigError where the training stage that comes next, or goes on, would continue an optimizer.
+    """
+    consumed = found.state["consumed_samples"]
+    if AVERAGED not in found.state or consumed >= schedule.samples:
+        return
+    stage = schedule.locate(consumed)[0]
+    where = f"{found.path}: is an average, which has no optimizer state"
+    if stage.start_sample < consumed:
+        raise ConfigError(
+            f"{where}, and stage {stage.name!r} is at sample {consumed - stage.start_sample:,} of {stage.samples:,}, "
+            "where it would go on with it: end the stage there (samples) and begin another with take = { optimizer = "
+            f'"fresh" }}, or take = {{ weights = "{found.path}", optimizer = "fresh" }} in a stage of a new run'
+        )
+    if sections[stage.index].take.optimizer == "continue":
+        raise ConfigError(
+            f"{where}, and stage {stage.name!r}, which comes next, would go on with it: set stages.{stage.name}.take = "
+            '{ optimizer = "fresh" }'
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron.checkpoint import imported
+from megatron.checkpoint import weights_alone
 from megatron.checkpoint.aside import aside_of
 from megatron.checkpoint.imported import write_imported
 from megatron.checkpoint.manager import open_checkpoint
@@ -44,7 +44,7 @@ def write(output: Path, tensors: dict[str, Tensor] = TENSORS, **more: object) ->
 
 
 def test_every_value_a_few_megabytes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imported, "FILE_BYTES", 1000)
+    monkeypatch.setattr(weights_alone, "FILE_BYTES", 1000)
     told: list[tuple[int, int]] = []
     source = Counted(TENSORS)
     write_imported(

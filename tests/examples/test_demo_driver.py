@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -85,6 +86,21 @@ def test_a_failing_step_gives_its_own_code_and_says_how_to_go_on(
     assert log(tmp_path) == "a b "
     assert driver.run_steps([step("a"), step("b"), step("c")], tmp_path)[0] == 0
     assert log(tmp_path) == "a b b c "
+
+
+def test_a_stopped_step_is_no_error(
+    driver: ModuleType, step: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert driver.run_steps([step("a"), step("b", code=75)], tmp_path)[0] == 75
+    message = capsys.readouterr().err
+    assert "stopped in step 2 (b)" in message and "error" not in message and "--fresh" not in message
+
+
+def test_a_step_that_knows_what_is_done_runs_each_time(driver: ModuleType, step: Make, tmp_path: Path) -> None:
+    steps = [step("a"), dataclasses.replace(step("b"), always=True, clears=False)]
+    driver.run_steps(steps, tmp_path)
+    driver.run_steps(steps, tmp_path)
+    assert log(tmp_path) == "a b b "
 
 
 def test_a_stop_reaches_the_running_command_which_may_save(driver: ModuleType, tmp_path: Path) -> None:

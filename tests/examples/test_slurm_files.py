@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 from batch_stand_ins import Batch
 
-from megatron.launch.slurm_options import SlurmOptions
+from megatron.launch.slurm_options import SlurmOptions, checked_site, options_from, read_site
 from megatron.launch.slurm_script import Head, Paths, Size
 from megatron.launch.training_script import TrainingJob, training_script
 
@@ -29,6 +30,13 @@ def options(text: str) -> set[str]:
 def test_there_is_one_for_each_kind_of_job() -> None:
     names = ["evaluate", "export", "merge", "preprocess_array", "pretrain", "serve_evaluations"]
     assert [path.stem for path in FILES] == names
+
+
+def test_the_example_of_a_site_is_read_whole() -> None:
+    path = FOLDER / "site.toml"
+    shown = re.sub(r"^# (?=\w+ = )", "", path.read_text(), flags=re.MULTILINE)
+    assert options_from(checked_site(str(path), tomllib.loads(shown)), {}).module == ["cuda/12.8"]
+    assert read_site(path).items() <= tomllib.loads(shown).items()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -159,9 +159,14 @@ class Rank:
         return f"{total & (2**64 - 1):016x}"
 
 
-def open_rank(case: LayoutCase, corpora: Path, position: dict[str, Any] | None = None) -> Rank:
+def open_rank(
+    case: LayoutCase,
+    corpora: Path,
+    position: dict[str, Any] | None = None,
+    configure: Callable[[Path], RunConfig] = config_of,
+) -> Rank:
     """This process's place in the layout, and its batches from the position on."""
-    config = config_of(corpora)
+    config = configure(corpora)
     mesh = open_mesh(resolve_layout(case.section, case.ranks), launched(), 40) if case.ranks > 1 else None
     mesh = mesh or one_process_mesh()
     resolved = resolve_run(config, ledger=Ledger.from_json(position) if position else None)
@@ -172,12 +177,18 @@ Curves = dict[Key, Curve]
 
 
 def whole_curves(
-    case: LayoutCase, corpora: Path, keys: Sequence[Key], layers: int, plant: Callable[[], None] | None = None
+    case: LayoutCase,
+    corpora: Path,
+    keys: Sequence[Key],
+    layers: int,
+    plant: Callable[[], None] | None = None,
+    configure: Callable[[Path], RunConfig] = config_of,
 ) -> Curves:
-    """The body of a rank: twenty steps for each key. plant: is called first, and plants a fault."""
+    """The body of a rank: twenty steps for each key. plant: is called first, and plants a fault. configure: gives the
+    run of the corpora, in training stages called as those of STAGES."""
     if plant:
         plant()
-    rank = open_rank(case, corpora)
+    rank = open_rank(case, corpora, configure=configure)
     curves = {key: rank.train(engine_of(rank, key, layers), key, rank.batches) for key in keys}
     close_mesh()
     return curves

@@ -94,7 +94,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "average first": (averaging(last=2), ("no training stage is there",)),
     "average of too many": (
         tables({"a": {"stages": ["init", {"name": "mean", "last": 9}]}}, STAGES),
-        ("averages 9 checkpoints", "leaves 2", "checkpoint.keep"),
+        ("averages 9 checkpoints", "saves 2", "checkpoint.every"),
     ),
     "training from an average": (
         tables({"a": {"stages": ["init", {"name": "mean", "last": 2}, "cool"]}}, STAGES),

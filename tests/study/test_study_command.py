@@ -109,7 +109,8 @@ def test_the_page_holds_every_arm_and_nothing_from_outside(tmp_path: Path, capsy
 
 def test_the_page_of_the_documentation_is_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-    first, _, axes, averages = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    first, _, axes, averages, *others = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    report = next(block for block in others if block.startswith("[report]"))
     base = """
         tokenizer = { path = "bytes" }
         model = { preset = "paper-b-470m", seq_length = 2048 }
@@ -118,7 +119,7 @@ def test_the_page_of_the_documentation_is_a_study(tmp_path: Path, capsys: pytest
     """
     (tmp_path / "base.toml").write_text(base)
     (tmp_path / "study.toml").write_text(
-        first + axes + averages.replace("a/cooldown", "cooled").replace("b/cooldown", "text")
+        first + axes + averages.replace("a/cooldown", "cooled").replace("b/cooldown", "text") + report
     )
     assert main(["plan", str(tmp_path / "study.toml")]) == 0
     printed = capsys.readouterr().out
@@ -144,7 +145,7 @@ def test_hours_of_nodes_are_those_of_the_run_that_has_their_stages(capsys: pytes
     ("words", "said"),
     [
         (["pln", "x"], "no such action: did you mean 'plan'?"),
-        (["run", "x"], "study run: no such action: there are: plan, graph"),
+        (["zzz", "x"], "study zzz: no such action: there are: plan, graph, run, status, add-arm"),
         (["plan", str(FULL[0]), "--arm", "NX"], "no arm is called so"),
         (["plan", str(FULL[0]), "--processes", "8"], "add --hardware"),
         (["plan", str(FULL[0]), "--hardware", "h10"], "did you mean"),

@@ -141,7 +141,8 @@ def test_averages_are_nodes_of_several_parents(tmp_path: Path) -> None:
         "a": {"stages": ["init", "on"]},
         "b": {"stages": ["init", "cool"]},
         "soup": {"stages": [{"name": "mean", "average": ["a/on", "b/cool"], "weights": [3, 1]}]},
-        "same": {"stages": [{"name": "soup", "average": ["b", "a"], "weights": [1, 3]}]},
+        "same": {"stages": [{"name": "soup", "average": ["a", "b"], "weights": ["1.5", "0.5"]}]},
+        "turned": {"stages": [{"name": "mean", "average": ["b/cool", "a/on"], "weights": [1, 3]}]},
         "tuned": {
             "stages": [
                 {"name": "mean", "average": ["a", "b"]},
@@ -154,11 +155,12 @@ def test_averages_are_nodes_of_several_parents(tmp_path: Path) -> None:
     found, graph = study_plan(result), result.graph
     ends = {arm.name: graph.nodes[arm.path[-1]] for arm in graph.arms}
     assert ends["soup"].id == ends["same"].id and ends["soup"].tokens == 0
+    assert ends["turned"].id != ends["soup"].id, "what goes on from it goes on from another data position"
     assert set(ends["soup"].parents) == {ends["a"].id, ends["b"].id}
     assert ends["last"].parents == (ends["a"].id,)
     # alone, a soup of two arms needs both: 16 x 16 tokens a stage
     naive = {arm.name: arm.naive for arm in graph.arms}
-    assert naive == {"a": 512, "b": 512, "soup": 1024, "same": 1024, "tuned": 1280, "last": 512}
+    assert naive == {"a": 512, "b": 512, "soup": 1024, "same": 1024, "turned": 1024, "tuned": 1280, "last": 512}
     assert graph.trained == 3 * 256 + 256
     words = {arm["name"]: arm["stages"][-1]["words"] for arm in found["arms"]}
     assert words["soup"] == "average of a/on, b/cool: 75 %, 25 %"

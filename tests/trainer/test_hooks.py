@@ -26,6 +26,7 @@ class Batch:
     training_stage: str = "balanced"
     samples: int = 1
     tokens: int = 4
+    padding: int = 0
     digest: str = "0"
     loaded: tuple[int, int] = (0, 0)
     samples_by_source: Mapping[str, int] = field(default_factory=dict)

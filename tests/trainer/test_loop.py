@@ -14,6 +14,7 @@ from megatron.config.errors import NonFiniteError
 from megatron.engines.base import DoneStep, LaunchedStep, StepResult
 from megatron.metrics.meters import StepClock
 from megatron.trainer.decisions import reasons_of
+from megatron.trainer.held_out import HeldOut
 from megatron.trainer.hooks import Checkpoint, Log, StopWhereNothingIsLearnt, Validate
 from megatron.trainer.loop import Run, train
 from megatron.trainer.over_ranks import OneRank
@@ -42,6 +43,7 @@ class FakeBatch:
     digest: str = ""
     samples_by_source: dict[str, int] = field(default_factory=lambda: {"code": 1, "text": 3})
     passed_over: bool = False
+    padding: int = 0
 
 
 def batches(done: int = 0) -> Iterator[FakeBatch]:
@@ -222,11 +224,13 @@ def test_rows_say_what_was_learnt_and_what_it_took() -> None:
 
 def test_validation_by_source_every_n_steps_and_at_stage_ends() -> None:
     sink = ListSink()
-    parts = [next(batches()).microbatches[0]]
-    Bench().run(Validate(4, FakeEngine(), parts, ["code", "text"], [sink], StepClock()))  # type: ignore[arg-type]
+    parts = HeldOut([next(batches()).microbatches[0]])  # type: ignore[arg-type]
+    held_out = dict.fromkeys(STAGES, parts) | {"cooldown": HeldOut(parts.microbatches, ("text",))}
+    Bench().run(Validate(4, FakeEngine(), held_out, ["code", "text"], [sink], StepClock()))
     assert [row["step"] for row in sink.rows] == [3, 4, 5, 8, 9]
     assert sink.rows[0]["validation"] == {"code": 1.5, "text": None}
     assert sink.rows[0]["training_stage"] == "balanced" and sink.rows[0]["consumed_tokens"] == 96
+    assert [row.get("validation_masked") for row in sink.rows] == [None, None, None, ["text"], ["text"]]
 
 
 def test_checkpoints_every_n_steps_at_stage_ends_and_at_a_stop() -> None:
