@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.checkpoint.board import Board
 from megatron.checkpoint.averaged_members import AVERAGED
+from megatron.checkpoint.board import Board
 from megatron.checkpoint.imported import ORIGIN
 from megatron.checkpoint.manager import CheckpointRef
 from megatron.checkpoint.tensor_shards import TensorSource

@@ -106,6 +106,12 @@ def test_every_study_is_tuned_as_the_paper_did(planned: dict[str, PlannedStudy],
     assert 3 * tunings[0] == 5 * tunings[1]
 
 
+def test_the_toy_trains_14_million_tokens_once(toy: PlannedStudy) -> None:
+    """Two pre-trainings of 500 steps; two tunings of 300, two of 180, three of 480; 4096 places each."""
+    assert toy.graph.trained == (2 * 500 + 2 * 300 + 2 * 180 + 3 * 480) * 4096
+    assert toy.graph.naive == (7 * 500 + 2 * 300 + 2 * 180 + 3 * 480) * 4096
+
+
 @pytest.mark.parametrize("name", ["toy", "one-gpu", "full"])
 def test_nothing_is_rounded_repeated_or_lost(planned: dict[str, PlannedStudy], name: str) -> None:
     plan = study_plan(planned[name])
@@ -334,4 +340,5 @@ def test_the_tiny_toy_is_tuned_for_real(repository: Path, tmp_path: Path) -> Non
     for arm in ORDERS:
         assert learned_of(results[ends[arm]], TEXT) < of_text and learned_of(results[ends[arm]], CODE) < of_code
     said = [json.loads(line) for line in (ends["CC"] / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(said) == 6 and (study / "report" / "index.html").exists()
+    assert len(said) == 6
+    assert all((study / name / "index.html").exists() for name in ("report", "report-uniform"))
