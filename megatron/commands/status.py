@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.commands.status_words import LINE_COLUMNS, show_status, status_line
+from megatron.commands.status_words import LINE_COLUMNS, show_status, status_line, watch_seconds
 from megatron.commands.tables import console_for_tables, new_table
 from megatron.config.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from megatron.launch.run_queue import Queue
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     built.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run's folder; several: a line each")
     built.add_argument("--json", action="store_true", help="print an object a run; a line each of several, or to watch")
-    built.add_argument("--watch", type=_seconds, metavar="SECONDS", help="show it again and again, until Ctrl-C")
+    built.add_argument("--watch", type=watch_seconds, metavar="SECONDS", help="show it again and again, until Ctrl-C")
     return built
 
 
@@ -127,13 +127,3 @@ def _shortest_tails(runs: Sequence[Path]) -> list[str]:
         count = next((n for n in counts if all(other[-n:] != parts[-n:] for other in others)), len(parts))
         tails.append(str(Path(*parts[-count:])))
     return tails
-
-
-def _seconds(words: str) -> float:
-    try:
-        seconds = float(words)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{words!r} is not a number of seconds from 0.1 on")
-    return seconds

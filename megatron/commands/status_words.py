@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -272,3 +273,14 @@ def _or(number: int | None, words: str) -> str:
 
 def _percent(part: int, whole: int | None) -> str:
     return f"{part / whole:.1%}" if whole else "–"
+
+
+def watch_seconds(words: str) -> float:
+    """The argument of --watch, from a tenth of a second to a day."""
+    try:
+        seconds = float(words)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{words!r} is not a number of seconds from 0.1 on")
+    return seconds

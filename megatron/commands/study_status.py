@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron.commands.status_words import span
+from megatron.commands.status_words import span, watch_seconds
 from megatron.commands.study_action import Action, planned_study
 from megatron.commands.study_tables import as_bytes
 from megatron.commands.study_verified import verified_words
@@ -46,7 +46,12 @@ exit codes: 0 shown, whatever the nodes' states · 2 the study cannot be planned
 def _arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--json", action="store_true", help="print it as one JSON object; a line each time to watch")
     one.add_argument(
-        "--watch", type=_seconds, nargs="?", const=10.0, metavar="SECONDS", help="show it again and again; default 10"
+        "--watch",
+        type=watch_seconds,
+        nargs="?",
+        const=10.0,
+        metavar="SECONDS",
+        help="show it again and again; default 10",
     )
 
 
@@ -144,16 +149,6 @@ def _show_arms(status: Mapping[str, Any], console: Console) -> None:
 
 def _arm(arm: Mapping[str, Any], several: bool) -> str:
     return f"{arm['name']} seed {arm['seed']}" if several else str(arm["name"])
-
-
-def _seconds(words: str) -> float:
-    try:
-        seconds = float(words)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{words!r} is not a number of seconds from 0.1 on")
-    return seconds
 
 
 ACTION = Action(

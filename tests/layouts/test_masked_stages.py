@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-from layouts.cases import BY_NAME, LAYOUTS, ONE_PROCESS, LayoutCase, tolerance
-from layouts.curves import MODEL, STAGES, STEPS, Curve, compare, open_rank, whole_curves
-from made_runs import run_config
+from layouts.cases import BY_NAME, ONE_PROCESS, LayoutCase
+from layouts.curves import open_rank
+from layouts.instruction_curves import check, one_process, others, staged
 from masked_runs import chats, write_masked
 from ranks import run_ranks
 from tiny_run import write_corpus
@@ -30,24 +28,11 @@ rounding in float32 (its distance from float64) beyond the tolerance."""
 
 
 def configure(corpora: Path) -> RunConfig:
-    """The stages of all layouts' runs: one of all tokens, one of masks alone, one of masks and a whole source."""
-    sources: dict[str, dict[str, Any]] = {
-        name: {"group": group, "data": [str(corpora / name)], "max_epochs": 9}
-        for name, group in (("chat", "code"), ("codechat", "code"), ("prose", "text"))
-    }
-    balanced, text, cooldown = (dict(stage) for stage in STAGES)
-    text |= {"mixture": {"chat": 0.7, "codechat": 0.3}, "objective": "instruction"}
-    cooldown |= {"mixture": {"code": 3, "text": 1}, "objective": "instruction", "whole_loss": ["text"]}
-    cooldown |= {"weigh_by": "loss-tokens"}
-    return run_config(
-        corpora,
-        sources,
-        [balanced, text, cooldown],
-        model=MODEL,
-        data={"cache": str(corpora / "cache")},
-        train={"global_batch_size": 8, "micro_batch_size": 1},
-        validation={"fraction": "0.1", "every": 1000},
-    )
+    """One stage of all tokens, one of masks alone, one of masks and a whole source."""
+    text = {"mixture": {"chat": 0.7, "codechat": 0.3}, "objective": "instruction"}
+    cooldown = {"mixture": {"code": 3, "text": 1}, "objective": "instruction", "whole_loss": ["text"]}
+    groups = {"chat": "code", "codechat": "code", "prose": "text"}
+    return staged(corpora, groups, text, cooldown | {"weigh_by": "loss-tokens"})
 
 
 @pytest.fixture(scope="module")
@@ -61,31 +46,15 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-_reference = cache(
-    lambda corpora, key, layers: whole_curves(ONE_PROCESS, corpora, [key], layers, configure=configure)[key]
-)
-
-
-def check(case: LayoutCase, corpora: Path) -> None:
-    keys = case.only or KEYS[case.section.engine]
-    by_rank = run_ranks(case.ranks, whole_curves, case, corpora, keys, case.layers, None, configure, timeout=280)
-    assert all(curves == by_rank[0] for curves in by_rank), "ranks report different steps"
-    for key, curve in by_rank[0].items():
-        reference: Curve = _reference(corpora, key, case.layers)
-        assert len(curve) == STEPS and all(fact.updated for fact in curve)
-        steps = EARLY if key == ("fp32", "sgd") else STEPS
-        assert compare(curve[:steps], reference[:steps]).worst <= tolerance(key)
-
-
 @pytest.mark.parametrize("name", FEW)
 def test_T1_masked_stages_have_the_curve_of_one_process(name: str, masked: Path) -> None:
-    check(BY_NAME[name], masked)
+    check(BY_NAME[name], masked, configure, KEYS, {("fp32", "sgd"): EARLY})
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", sorted({case.name for case in LAYOUTS if not case.parallel.get("offload")} - {*FEW}))
+@pytest.mark.parametrize("name", others(FEW))
 def test_T1_masked_stages_at_every_other_layout(name: str, masked: Path) -> None:
-    check(BY_NAME[name], masked)
+    check(BY_NAME[name], masked, configure, KEYS, {("fp32", "sgd"): EARLY})
 
 
 def targets_by_microbatch(case: LayoutCase, corpora: Path) -> list[tuple[str, list[int]]]:
@@ -103,5 +72,5 @@ def test_the_runs_are_worth_comparing(masked: Path) -> None:
     assert any(0 in first[step][1] for step in masked_steps) and any(0 in second[step][1] for step in masked_steps)
     sums = [(sum(first[step][1]), sum(second[step][1])) for step in masked_steps]
     assert any(max(pair) > 3 * min(pair) for pair in sums), sums
-    whole = dict.fromkeys(_reference(masked, ("fp64", "sgd"), 3))
+    whole = one_process(configure, masked, ("fp64", "sgd"), 3)
     assert all(math.isfinite(fact.loss) for fact in whole)

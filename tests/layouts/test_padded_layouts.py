@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-from layouts.cases import BY_NAME, LAYOUTS, ONE_PROCESS, LayoutCase, tolerance
-from layouts.curves import MODEL, STAGES, STEPS, Curve, compare, open_rank, whole_curves
-from made_runs import run_config
+from layouts.cases import BY_NAME, ONE_PROCESS
+from layouts.curves import open_rank
+from layouts.instruction_curves import check, others, staged
 from masked_runs import chats, write_masked
-from ranks import run_ranks
 from tiny_run import write_corpus
 
 from megatron.config.schema import RunConfig
@@ -24,23 +20,10 @@ KEYS = {"torch": (("fp64", "sgd"),), "deepspeed": (("fp32", "adamw"),)}
 
 def configure(corpora: Path) -> RunConfig:
     """Packed, padded, and padded again with masks and with documents that are cut."""
-    sources: dict[str, dict[str, Any]] = {
-        name: {"group": group, "data": [str(corpora / name)], "max_epochs": 9}
-        for name, group in (("chat", "code"), ("prose", "text"))
-    }
-    balanced, text, cooldown = (dict(stage) for stage in STAGES)
-    text |= {"packing": "padded", "too_long": "drop", "seq_length": 48}
-    cooldown |= {"mixture": {"code": 3, "text": 1}, "objective": "instruction", "whole_loss": ["text"]}
+    text = {"packing": "padded", "too_long": "drop", "seq_length": 48}
+    cooldown = {"mixture": {"code": 3, "text": 1}, "objective": "instruction", "whole_loss": ["text"]}
     cooldown |= {"packing": "padded", "too_long": "truncate", "seq_length": 32}
-    return run_config(
-        corpora,
-        sources,
-        [balanced, text, cooldown],
-        model=MODEL,
-        data={"cache": str(corpora / "cache")},
-        train={"global_batch_size": 8, "micro_batch_size": 1},
-        validation={"fraction": "0.1", "every": 1000},
-    )
+    return staged(corpora, {"chat": "code", "prose": "text"}, text, cooldown)
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +36,15 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-_reference = cache(
-    lambda corpora, key, layers: whole_curves(ONE_PROCESS, corpora, [key], layers, configure=configure)[key]
-)
-
-
-def check(case: LayoutCase, corpora: Path) -> None:
-    keys = case.only or KEYS[case.section.engine]
-    by_rank = run_ranks(case.ranks, whole_curves, case, corpora, keys, case.layers, None, configure, timeout=280)
-    assert all(curves == by_rank[0] for curves in by_rank), "ranks report different steps"
-    for key, curve in by_rank[0].items():
-        reference: Curve = _reference(corpora, key, case.layers)
-        assert len(curve) == STEPS and all(fact.updated and math.isfinite(fact.loss) for fact in curve)
-        assert compare(curve, reference).worst <= tolerance(key)
-
-
 @pytest.mark.parametrize("name", FEW)
 def test_T1_padded_stages_have_the_curve_of_one_process(name: str, padded: Path) -> None:
-    check(BY_NAME[name], padded)
+    check(BY_NAME[name], padded, configure, KEYS)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", sorted({case.name for case in LAYOUTS if not case.parallel.get("offload")} - {*FEW}))
+@pytest.mark.parametrize("name", others(FEW))
 def test_T1_padded_stages_at_every_other_layout(name: str, padded: Path) -> None:
-    check(BY_NAME[name], padded)
+    check(BY_NAME[name], padded, configure, KEYS)
 
 
 def test_the_runs_are_worth_comparing(padded: Path) -> None:

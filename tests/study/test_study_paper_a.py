@@ -31,6 +31,7 @@ from megatron.planner.resolve import resolve_run
 from megatron.study.costs import node_times
 from megatron.study.node_config import end_checkpoint, node_folder
 from megatron.study.plan import PlannedStudy, plan_study, study_plan
+from megatron.study.steps import TrainStep
 from megatron.tokenizers.byte_level import ByteTokenizer
 
 STUDIES = Path(__file__).resolve().parents[2] / "examples" / "studies"
@@ -90,7 +91,7 @@ def test_every_study_is_tuned_as_the_paper_did(planned: dict[str, PlannedStudy],
     """Padded, the loss on answers, a fresh optimizer; a third of pre-training is code; what both tunings take, 5:3 of
     samples, is what each order takes."""
     study = planned[name]
-    steps = {node.label: node.step for node in study.graph.nodes.values()}
+    steps = {node.label: node.step for node in study.graph.nodes.values() if isinstance(node.step, TrainStep)}
     for label in ("tune-text", "tune-code", *ORDERS):
         step = steps[label]
         assert step.section.objective == "instruction" and step.stage.documents is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from study.made_results import ITEMS, TASKS, make_study
+from study.made_results import ITEMS, TASKS
 from study.report_files import arm_node, links_of, right_share, rows_of
 
 from megatron.commands.study import main
@@ -19,22 +19,6 @@ from megatron.study.node_config import node_folder
 from megatron.study.plan import PlannedStudy
 
 MINUS = "−"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[PlannedStudy, Path]:
-    folder = tmp_path_factory.mktemp("whole")
-    study = make_study(folder, [1])
-    assert main(["report", str(folder / "study.toml")]) == 0
-    return study, folder / "runs" / "report"
-
-
-@pytest.fixture(scope="module")
-def seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[PlannedStudy, Path]:
-    folder = tmp_path_factory.mktemp("seeds")
-    study = make_study(folder, [1, 2, 3], untrained=["cooldown"], unevaluated=["on-half"])
-    assert main(["report", str(folder / "study.toml"), "--no-run-reports"]) == 0
-    return study, folder / "runs" / "report"
 
 
 # -- files and links ---------------------------------------------------------------------------------------------------

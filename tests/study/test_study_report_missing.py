@@ -18,23 +18,6 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.study.node_config import end_checkpoint, node_folder
 from megatron.study.plan import PlannedStudy
 
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[PlannedStudy, Path]:
-    folder = tmp_path_factory.mktemp("whole")
-    study = make_study(folder, [1])
-    assert main(["report", str(folder / "study.toml")]) == 0
-    return study, folder / "runs" / "report"
-
-
-@pytest.fixture(scope="module")
-def seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[PlannedStudy, Path]:
-    folder = tmp_path_factory.mktemp("seeds")
-    study = make_study(folder, [1, 2, 3], untrained=["cooldown"], unevaluated=["on-half"])
-    assert main(["report", str(folder / "study.toml"), "--no-run-reports"]) == 0
-    return study, folder / "runs" / "report"
-
-
 # -- what is missing, and what is odd ----------------------------------------------------------------------------------
 
 
