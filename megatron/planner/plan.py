@@ -25,7 +25,7 @@ def plan_of(run: ResolvedRun, sections: Sequence[StageSection] = (), run_tokens:
 
     Args:
         sections, run_tokens: `[[stages]]` and `train.tokens` as written, for "asked_tokens" (None where the length is
-            not said in tokens, steps, samples or a share).
+            not said in tokens, steps, samples or a share) and "fresh_optimizer".
     """
     schedule = run.schedule
     taken = [{name: stage.input_tokens(name) for name in stage.source_tokens} for stage in schedule.stages]
@@ -40,8 +40,9 @@ def plan_of(run: ResolvedRun, sections: Sequence[StageSection] = (), run_tokens:
         "stages": [_stage_row(run, stage, taken[stage.index]) for stage in schedule.stages],
         "sources": [_source_row(run, name, taken) for name in sorted(run.sources)],
     }
-    for row, tokens in zip(plan["stages"], asked, strict=False):
+    for row, tokens, section in zip(plan["stages"], asked, sections, strict=False):
         row["asked_tokens"] = tokens
+        row["fresh_optimizer"] = section.take.optimizer == "fresh"
     plan["groups"] = _groups_over_the_run(plan["sources"], schedule.tokens - plan["padding"])
     return plan
 

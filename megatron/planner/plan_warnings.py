@@ -151,7 +151,9 @@ def _jumps(plan: Mapping[str, Any]) -> Iterator[Warned]:
             name = stage["name"]
             text = f"the learning rate jumps from {before:.3g} to {after:.3g} where stage {name!r} begins "
             text += '(start = "current" goes on from where it was)'
-            yield {"gravity": "medium", "kind": "lr-jump", "stage": name, "text": text}
+            # moments that begin at zero want a rate that does, too
+            meant = stage.get("fresh_optimizer") and after < before
+            yield {"gravity": "low" if meant else "medium", "kind": "lr-jump", "stage": name, "text": text}
 
 
 def _stage_notes(plan: Mapping[str, Any]) -> Iterator[Warned]:

@@ -167,6 +167,24 @@ def test_warnings_come_by_gravity_and_name_what_they_mean(tmp_path: Path) -> Non
     assert any("nowhere.model" in row["text"] for row in tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("rate", "take", "gravity"),
+    [
+        ({"peak": 1e-3, "shape": "constant", "warmup": "10 steps"}, {"optimizer": "fresh"}, "low"),
+        ({"peak": 1e-3, "shape": "constant", "warmup": "10 steps"}, {}, "medium"),
+        ({"peak": 1e-1, "shape": "constant"}, {"optimizer": "fresh"}, "medium"),
+    ],
+)
+def test_a_rate_that_begins_anew_with_its_optimizer_is_no_mishap(
+    tmp_path: Path, rate: dict[str, Any], take: dict[str, str], gravity: str
+) -> None:
+    first = {"name": "first", "steps": 50, "mixture": {"a": 1}, "lr": {"peak": 1e-2, "shape": "constant"}}
+    tuned = {"name": "tuned", "steps": 50, "mixture": {"a": 1}, "lr": rate, "take": take}
+    config = run_config(tmp_path, {"a": {"tokens": 10**6}}, [first, tuned])
+    found = warnings_of(plan_of(resolve_run(config), config.stages), "bytes")
+    assert [(row["gravity"], row["stage"]) for row in found if row["kind"] == "lr-jump"] == [(gravity, "tuned")]
+
+
 def test_a_source_without_a_weight_and_weights_that_are_normalised_are_said(tmp_path: Path) -> None:
     changed = stages()[:1]
     changed[0]["mixture"] = {"python": 1, "web": 3}
