@@ -33,8 +33,9 @@ class RopeScalingSection(Section):
 
 
 FamilyName = Literal[
-    "llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "phi3", "gpt_neox", "gpt2", "gemma", "gemma2", "gemma3_text"
-]
+    "llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "phi3", "gpt_neox", "gpt2", "gemma", "gemma2",
+    "gemma3_text", "cohere",
+]  # fmt: skip
 """The model_type of each family in hf/families/."""
 
 
@@ -52,7 +53,9 @@ class ModelSection(Section):
     intermediate_size: int | None = Field(None, ge=1)
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] | None = Field(None, description="silu and gated: SwiGLU")
     gated_mlp: bool | None = Field(None, description="gate and up projection; default true")
-    norm: Literal["rmsnorm", "layernorm"] | None = None
+    norm: Literal["rmsnorm", "layernorm", "layernorm_no_bias"] | None = Field(
+        None, description="layernorm_no_bias: LayerNorm with a weight alone (Cohere); default rmsnorm"
+    )
     norm_eps: float | None = Field(None, gt=0)
     norm_place: Literal["before", "after", "both"] | None = Field(
         None, description="before attention and MLP (default), of what they give (OLMo 2), or both (Gemma)"
@@ -65,6 +68,9 @@ class ModelSection(Section):
     )
     mlp_bias: bool | None = None
     parallel_block: bool | None = Field(None, description="attention and MLP side by side, as GPT-NeoX")
+    shared_norm: bool | None = Field(
+        None, description="one norm before both of a parallel block (GPT-J, Cohere), instead of one before each"
+    )
     position_embedding: Literal["rope", "learned"] | None = Field(
         None, description="learned: a vector for each position within a document, added to the token's (GPT-2)"
     )
@@ -89,6 +95,9 @@ class ModelSection(Section):
     embedding_multiplier: float | None = Field(None, gt=0, description="of the embedding's vectors; default 1 (Gemma)")
     attention_multiplier: float | None = Field(
         None, ge=0, description="of attention scores; default 0: 1 / sqrt(head_dim)"
+    )
+    logit_multiplier: float | None = Field(
+        None, gt=0, description="of the scores of words, before the softmax; default 1 (Cohere's logit_scale)"
     )
     initializer_range: float | None = Field(None, gt=0)
     hidden_dropout: float | None = Field(

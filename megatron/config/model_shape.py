@@ -66,6 +66,8 @@ class ModelShape:
     sliding_window: int = 0
     sliding_pattern: int = 0
     rope_local_theta: float = 0.0
+    shared_norm: bool = False
+    logit_multiplier: float = 1.0
     family: str = ""
 
     @property
@@ -92,6 +94,11 @@ class ModelShape:
     def norms_after(self) -> bool:
         """Whether a layer norms what attention and MLP give, before it is added to the residual stream."""
         return self.norm_place != "before"
+
+    @property
+    def norms_a_layer(self) -> int:
+        """How many norms of the residual stream's width a layer has."""
+        return (1 if self.shared_norm else 2) * self.norms_before + 2 * self.norms_after
 
     def slides(self, layer: int) -> bool:
         """Whether a layer's tokens see no further back than the sliding window."""
@@ -128,7 +135,7 @@ class ModelShape:
         wide = 2 if self.gated_mlp else 1
         mlp = (wide + 1) * hidden * inner
         mlp += (wide * inner + hidden) if self.mlp_bias else 0
-        return attention + mlp + 2 * self._norm() * (self.norms_before + self.norms_after)
+        return attention + mlp + self.norms_a_layer * self._norm()
 
     def embedding_count(self) -> int:
         """Parameters of the token embedding, vocabulary padding included."""
@@ -313,8 +320,14 @@ def check_shape(shape: ModelShape) -> None:
             f"model.norm_unit_offset = true is RMSNorm's, and model.norm is {shape.norm}: set model.norm = rmsnorm, or "
             "leave norm_unit_offset out"
         )
+    if shape.shared_norm and not (shape.parallel_block and shape.norms_before):
+        raise ConfigError(
+            "model.shared_norm = true is one norm before attention and MLP side by side, and here "
+            f"model.parallel_block is {str(shape.parallel_block).lower()} and model.norm_place {shape.norm_place}: set "
+            "parallel_block = true and norm_place to before or both, or leave shared_norm out"
+        )
     _check_window(shape)
-    for name in ("embedding_multiplier", "attention_multiplier"):
+    for name in ("embedding_multiplier", "attention_multiplier", "logit_multiplier"):
         value, least = getattr(shape, name), 0 if name == "attention_multiplier" else sys.float_info.min
         if not least <= value < math.inf:
             raise ConfigError(f"model.{name} = {value} must be a number above 0; leave it out for the default")
@@ -342,7 +355,7 @@ def _check_window(shape: ModelShape) -> None:
 
 
 _WORDS = {
-    "norm": ("rmsnorm", "layernorm"),
+    "norm": ("rmsnorm", "layernorm", "layernorm_no_bias"),
     "hidden_act": ("silu", "gelu", "gelu_tanh"),
     "qk_norm": ("none", "head", "width"),
     "norm_place": ("before", "after", "both"),

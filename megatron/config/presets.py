@@ -52,6 +52,14 @@ GPT2_STYLE: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 
+COHERE_STYLE: dict[str, Any] = {
+    **LLAMA_STYLE,
+    "norm": "layernorm_no_bias",
+    "parallel_block": True,
+    "shared_norm": True,
+    "tie_word_embeddings": True,
+}
+
 QWEN_STYLE: dict[str, Any] = {
     **LLAMA_STYLE,
     "norm_eps": 1e-6,
@@ -302,20 +310,20 @@ PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
             intermediate_size=10240,
         ),
         "paper-b-470m": _preset(
-            LLAMA_STYLE,
-            "arXiv 2408.10914, 470M: parallel blocks, SwiGLU, no biases; layers, width and heads are not published",
+            COHERE_STYLE,
+            "arXiv 2408.10914, 470M: parallel blocks, SwiGLU, no biases; layers, width, heads and norm are not "
+            "published: one LayerNorm a block and tied words as in Cohere's Command R",
             chosen=True,
             hidden_size=1024,
             num_hidden_layers=16,
             num_attention_heads=16,
             num_key_value_heads=16,
             intermediate_size=2816,
-            parallel_block=True,
-            tie_word_embeddings=True,
         ),
         "paper-b-2.8b": _preset(
-            LLAMA_STYLE,
-            "arXiv 2408.10914, 2.8B: parallel blocks, SwiGLU, no biases; layers, width and heads are not published",
+            COHERE_STYLE,
+            "arXiv 2408.10914, 2.8B: parallel blocks, SwiGLU, no biases; layers, width, heads and norm are not "
+            "published: one LayerNorm a block and tied words as in Cohere's Command R",
             chosen=True,
             hidden_size=2560,
             num_hidden_layers=28,
@@ -323,8 +331,6 @@ PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
             num_key_value_heads=20,
             head_dim=128,
             intermediate_size=6912,
-            parallel_block=True,
-            tie_word_embeddings=True,
         ),
     }
 )

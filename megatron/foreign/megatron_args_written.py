@@ -20,11 +20,15 @@ def refusals(shape: ModelShape, spelling: Spelling) -> Iterator[str]:
     for name, only in (
         ("norm_place", "before"),
         ("parallel_block", False),
+        ("shared_norm", False),
         ("embedding_multiplier", 1.0),
         ("attention_multiplier", 0.0),
+        ("logit_multiplier", 1.0),
     ):
         if (value := getattr(shape, name)) != only:
             yield f"model.{name} = {value!r}: Megatron-LM can only say {only!r}"
+    if shape.norm == "layernorm_no_bias":
+        yield "model.norm = 'layernorm_no_bias': Megatron-LM can say 'rmsnorm', and 'layernorm' with biases"
     if shape.window_bites() or (shape.sliding_window and shape.rope_local_theta not in (0, shape.rope_theta)):
         yield (
             f"model.sliding_window = {shape.sliding_window}, below {shape.max_position_embeddings} positions or with a "

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.config.errors import CheckpointError, ConfigError
 from megatron.config.model_shape import ModelShape
+from megatron.hf.families.cohere import COHERE
 from megatron.hf.families.family import Family
 from megatron.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
 from megatron.hf.families.gpt2 import GPT2
@@ -27,7 +28,7 @@ from megatron.hf.families.qwen3 import QWEN3
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3),
-    *(GPT_NEOX, GPT2, PHI3, GEMMA, GEMMA2, GEMMA3),
+    *(GPT_NEOX, GPT2, PHI3, GEMMA, GEMMA2, GEMMA3, COHERE),
 )
 """The plainest first: where several say a shape, the first does."""
 

@@ -22,6 +22,9 @@ def pack(entry: Entry, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     if entry.layout == "per-head qkv":
         heads = [tensor.reshape(shape.num_attention_heads, shape.head_dim, *tensor.shape[1:]) for tensor in tensors]
         return torch.stack(heads, dim=1).flatten(0, 2).contiguous()
+    if entry.layout == "interleaved heads":
+        halves = tensors[0].unflatten(0, (-1, 2, shape.head_dim // 2))
+        return halves.transpose(1, 2).reshape(tensors[0].shape).contiguous()
     if entry.layout == "stacked":
         return torch.cat(list(tensors))
     if entry.layout == "transposed":
@@ -49,6 +52,12 @@ def rows_of(entry: Entry, number: int, begin: int, end: int, shape: ModelShape) 
             first, last = max(begin, head * size), min(end, (head + 1) * size)
             before = (len(entry.ours) * head + number - head) * size  # rows of other parts and heads before ours
             yield Rows(first, first + before, last - first)
+        return
+    if entry.layout == "interleaved heads":
+        half = shape.head_dim // 2
+        for row in range(begin, end):
+            head, inside = divmod(row, shape.head_dim)
+            yield Rows(row, head * shape.head_dim + 2 * (inside % half) + inside // half, 1)
         return
     if entry.layout == "vocabulary":
         end = min(end, shape.vocab_size)

@@ -5,6 +5,7 @@ An entry names our tensors and theirs, the size of ours in words of the ModelSha
     same              the tensor itself
     vocabulary        rows past `vocab_size` are padding: cut off on export, zero on import
     per-head qkv      query, key and value interleaved head by head: [heads, 3, head_dim] rows (GPT-NeoX)
+    interleaved heads rows 0, d/2, 1, d/2 + 1, ... of each head of ours: rotary positions that turn neighbours (Cohere)
     stacked           the rows of ours one after the other (Phi-3's qkv_proj and gate_up_proj)
     transposed        [inputs, outputs] where ours is [outputs, inputs] (GPT-2's Conv1D)
     transposed stack  ours stacked, then transposed (GPT-2's c_attn)
@@ -18,7 +19,7 @@ from typing import Literal
 
 from megatron.config.model_shape import ModelShape
 
-Layout = Literal["same", "vocabulary", "per-head qkv", "stacked", "transposed", "transposed stack"]
+Layout = Literal["same", "vocabulary", "per-head qkv", "interleaved heads", "stacked", "transposed", "transposed stack"]
 Condition = Literal["qkv_bias", "output_bias", "mlp_bias", "untied", None]
 LAYER = "{layer}"
 OURS = "layers.{layer}."

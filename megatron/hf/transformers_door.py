@@ -109,8 +109,10 @@ def final_hidden(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
     """What the model makes of `final_hidden` [..., hidden]: logits [..., vocabulary], for models whose tail is a head
-    and, where the config says so, a soft cap (Gemma 2)."""
+    and, where the config says so, a factor (Cohere) and a soft cap (Gemma 2)."""
     logits: Tensor = model.get_output_embeddings()(hidden)
+    if (scale := getattr(model.config, "logit_scale", None)) is not None:
+        logits = logits * scale
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -53,12 +53,12 @@ class Kernels:
 
 
 class Norms(NamedTuple):
-    """x, weight and eps as in `rms_norm.py`, with bias as in `layer_norm.py`; add_*: (normed, x + branch)."""
+    """x, weight and eps as in `rms_norm.py`, with bias (or None) as in `layer_norm.py`; add_*: (normed, x + branch)."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
 
 class Ropes(NamedTuple):

@@ -33,11 +33,12 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def _layer(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     wide = x.to(_wide(x.dtype))
     centred = wide - wide.mean(-1, keepdim=True)
     inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (centred * inverse * weight + bias).to(x.dtype)
+    normed = centred * inverse * weight
+    return (normed if bias is None else normed + bias).to(x.dtype)
 
 
 @_compiled
@@ -54,13 +55,13 @@ def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 @_compiled
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """As `layer_norm.layer_norm`."""
     return _layer(x, weight, bias, eps)
 
 
 @_compiled
-def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """As `layer_norm.add_layer_norm`."""
     summed = x + branch
     return _layer(summed, weight, bias, eps), summed

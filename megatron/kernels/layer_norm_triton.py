@@ -25,8 +25,8 @@ from megatron.kernels.row_norm_triton import row_norm
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        normed, _, mean, inverse = row_norm(x, None, weight, bias, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        normed, _, mean, inverse = row_norm(x, None, weight, bias, eps, centres=True)
         ctx.save_for_backward(x, weight, bias, mean, inverse)
         return normed
 
@@ -38,8 +38,10 @@ class _LayerNorm(torch.autograd.Function):
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        normed, summed, mean, inverse = row_norm(x, branch, weight, bias, eps)
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        normed, summed, mean, inverse = row_norm(x, branch, weight, bias, eps, centres=True)
         ctx.save_for_backward(summed, weight, bias, mean, inverse)
         ctx.set_materialize_grads(False)
         return normed, summed
@@ -55,14 +57,16 @@ class _AddLayerNorm(torch.autograd.Function):
         return sum_grad, sum_grad, weight_grad, bias_grad, None
 
 
-def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """As `layer_norm`: x [..., size] over its last dimension, times weight, plus bias [size]; the result has the dtype
-    of x.
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """As `layer_norm`: x [..., size] over its last dimension, times weight, plus bias [size] where there is one; the
+    result has the dtype of x.
     """
     return _LayerNorm.apply(x, weight, bias, eps)
 
 
-def add_layer_norm_triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm_triton(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """As `add_layer_norm`: (normed, summed) of x and branch, alike; summed = x + branch, normed the norm of it."""
     require_alike(x, branch)
     return _AddLayerNorm.apply(x, branch, weight, bias, eps)

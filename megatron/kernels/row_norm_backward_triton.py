@@ -4,13 +4,13 @@ A few programs a processor, all of them resident at once, go through the rows in
 rows of the weight's and the bias's gradient in registers and writes them at its end; a second kernel adds these parts,
 in an order that depends on shapes and the number of processors alone: no atomics, the same bits each time. While a
 program works on one tile, its loads of the next two are under way: `num_stages` of `tl.range` makes them asynchronous
-copies into shared memory. As in the forward kernels, what is None is absent: `mean` in RMSNorm, `onward` where nothing
-but the norm used the sum.
+copies into shared memory. As in the forward kernels, what is None is absent: `mean` in RMSNorm, the bias's sums where
+there is none, `onward` where nothing but the norm used the sum.
 
 A row of more than 8192 elements, its weight and the sums over rows are more than the registers hold. RMSNorm's rows in
-half precision are then read twice, the second time out of the first-level cache. Those of float32, LayerNorm's, which
-have two sums, and all beyond HELD are walked twice: by rows for what the gradient needs of the whole row, then by
-columns (`rows_launch` says from which size on).
+half precision are then read twice, the second time out of the first-level cache. Those of float32, LayerNorm's with a
+bias, which have two sums, and all beyond HELD are walked twice: by rows for what the gradient needs of the whole row,
+then by columns (`rows_launch` says from which size on).
 """
 
 from __future__ import annotations
@@ -100,12 +100,13 @@ def _backward_kernel(
         unit *= factor
         weight_sum += upstream * unit
         result = slope - unit * along
-        if mean is not None:
+        if bias_parts is not None:
             bias_sum += upstream
+        if mean is not None:
             result -= level
         _store_gradient(x_grad + at, result * factor, onward, at, mask)
     _store_part(weight_parts, weight_sum, column, size)
-    if mean is not None:
+    if bias_parts is not None:
         _store_part(bias_parts, bias_sum, column, size)
 
 
@@ -154,12 +155,13 @@ def _columns_kernel(
         unit *= factor
         weight_sum += upstream * unit
         result = upstream * scale - unit * tl.load(along + row, row < rows, 0.0)[:, None]
-        if mean is not None:
+        if bias_parts is not None:
             bias_sum += upstream
+        if mean is not None:
             result -= tl.load(level + row, row < rows, 0.0)[:, None]
         _store_gradient(x_grad + at, result * factor, onward, at, mask)
     _store_part(weight_parts, weight_sum, column, size)
-    if mean is not None:
+    if bias_parts is not None:
         _store_part(bias_parts, bias_sum, column, size)
 
 
@@ -205,7 +207,8 @@ def row_norm_gradients(
     if rows:
         how = rows_launch(size, x.element_size(), 2 if onward is None else 3, 1 if bias is None else 2)
         tensors = upstream, passing, x, weight.contiguous(), mean, inverse, x_grad
-        parts = _launch_by_columns(*tensors) if how is None else _launch_by_rows(how, *tensors)
+        biased = bias is not None
+        parts = _launch_by_columns(*tensors, biased) if how is None else _launch_by_rows(how, *tensors, biased)
         _column_sums_kernel[(triton.cdiv(size, 32), 1 if bias is None else 2)](
             *parts, weight_grad, bias_grad, parts[0].shape[0], size, ROWS=256, BLOCK=32, num_warps=16
         )
@@ -229,7 +232,7 @@ class RowsLaunch:
 
 def rows_launch(size: int, element_size: int, streams: int, sums: int) -> RowsLaunch | None:
     """For rows of `size` elements of so many bytes, which `streams` tensors are read of and of which `sums` are kept: 1
-    in RMSNorm, 2 in LayerNorm. None where registers do not hold the sums of so wide a row.
+    without a bias, 2 with one. None where registers do not hold the sums of so wide a row.
     """
     weight = sums * max(1, element_size // 2)
     if size * weight > HELD:
@@ -251,12 +254,13 @@ def _launch_by_rows(
     mean: Tensor | None,
     inverse: Tensor,
     x_grad: Tensor,
+    biased: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Fills x_grad, and gives the parts [programs, size] of the weight's gradient and of the bias's."""
     rows, size = x.shape
     programs = min(triton.cdiv(rows, how.tile), processors(x.device) * how.programs)
     weight_parts = inverse.new_empty(programs, size)
-    bias_parts = None if mean is None else torch.empty_like(weight_parts)
+    bias_parts = torch.empty_like(weight_parts) if biased else None
     _backward_kernel[(programs,)](
         grad, onward, x, weight, mean, inverse, x_grad, weight_parts, bias_parts, rows, size,
         ROWS=how.tile, BLOCK=how.block, STAGES=how.stages, KEPT=how.kept, num_warps=how.warps, maxnreg=how.registers,
@@ -265,7 +269,14 @@ def _launch_by_rows(
 
 
 def _launch_by_columns(
-    grad: Tensor, onward: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor | None, inverse: Tensor, x_grad: Tensor
+    grad: Tensor,
+    onward: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    inverse: Tensor,
+    x_grad: Tensor,
+    biased: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `_launch_by_rows`, for rows of any width."""
     rows, size = x.shape
@@ -278,7 +289,7 @@ def _launch_by_columns(
     columns = triton.cdiv(size, block)
     programs = min(triton.cdiv(rows, tile), triton.cdiv(4 * processors(x.device), columns))
     weight_parts = inverse.new_empty(programs, size)
-    bias_parts = None if mean is None else torch.empty_like(weight_parts)
+    bias_parts = torch.empty_like(weight_parts) if biased else None
     _columns_kernel[(programs, columns)](
         grad, onward, x, weight, mean, inverse, along, level, x_grad, weight_parts, bias_parts, rows, size,
         ROWS=tile, BLOCK=block, num_warps=warps, maxnreg=_REGISTERS // (4 * warps * 32),

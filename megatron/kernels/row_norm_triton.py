@@ -116,8 +116,10 @@ class Normed(NamedTuple):
     inverse: Tensor
 
 
-def row_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Normed:
-    """Norms x (+ branch) [..., size] over its last dimension: LayerNorm where there is a bias, RMSNorm without.
+def row_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centres: bool = False
+) -> Normed:
+    """Norms x (+ branch) [..., size] over its last dimension: LayerNorm where it centres rows, else RMSNorm.
 
     weight and bias: [size] of any floating dtype. UnavailableError where Triton cannot run; ValueError where sizes do
     not fit together.
@@ -131,7 +133,7 @@ def row_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | No
     normed = torch.empty_like(source)
     summed = source if added is None else torch.empty_like(source)
     inverse = source.new_empty(rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    mean = None if bias is None else torch.empty_like(inverse)
+    mean = torch.empty_like(inverse) if centres else None
     bias = None if bias is None else bias.contiguous()
     tensors = source, added, weight.contiguous(), bias, normed, summed, mean, inverse
     if rows and size <= HELD:

@@ -1,5 +1,5 @@
-"""A decoder language model by its shape: the families of Llama, Qwen, OLMo 2, GPT-2 and GPT-NeoX, and what lies
-between; or a rank's part of it.
+"""A decoder language model by its shape: the families of Llama, Qwen, OLMo 2, GPT-2, GPT-NeoX and Cohere, and what
+lies between; or a rank's part of it.
 
 Parameter names are global, the same in every layout: embedding.weight, positions.weight (learned), for each layer N
 layers.N.attention_norm.weight, layers.N.attention.{query,key,value,output}.weight, layers.N.attention.{query,key}_norm
@@ -47,7 +47,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = Norm(shape, kernels, place) if before else None
         self.attention = Attention(shape, kernels, place)
         self.attention_after_norm = Norm(shape, kernels, place) if after else None
-        self.mlp_norm = Norm(shape, kernels, place) if before else None
+        self.mlp_norm = Norm(shape, kernels, place) if before and not shape.shared_norm else None
         self.mlp = MLP(shape, kernels, place)
         self.mlp_after_norm = Norm(shape, kernels, place) if after else None
         self.parallel, self.number, self.slides = shape.parallel_block, number, shape.slides(number)
@@ -60,7 +60,9 @@ class DecoderLayer(nn.Module):
         if dropout is not None:
             attended = dropout.drop(attended, self.number, ATTENTION)
         if self.parallel:
-            return x + attended + self._mlp(x if self.mlp_norm is None else self.mlp_norm(x), dropout)
+            if self.mlp_norm is not None:
+                normed = self.mlp_norm(x)
+            return x + attended + self._mlp(normed, dropout)
         if self.mlp_norm is None:
             normed = x = x + attended
         else:
@@ -103,7 +105,8 @@ class Decoder(nn.Module):
         learned = shape.position_embedding == "learned"
         self.positions = Positions(shape, place) if place.first and learned else None
         self.layers = nn.ModuleDict({str(n): DecoderLayer(shape, kernels, place, n) for n in numbers})
-        self.final_norm = Norm(shape, kernels, place) if place.last else None
+        # The head is linear: what scores are multiplied by, the last norm multiplies by.
+        self.final_norm = Norm(shape, kernels, place, shape.logit_multiplier) if place.last else None
         self.head: Linear | None = None
         if place.last and not tied:
             self.head = column_linear(

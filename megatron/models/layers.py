@@ -133,23 +133,37 @@ def norm_weight(weight: Tensor, unit_offset: bool) -> Tensor:
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, by the shape's `norm`, computed in float32 at least."""
 
-    def __init__(self, shape: ModelShape, kernels: Kernels, place: ModelPlace = ONE_PROCESS) -> None:
+    def __init__(
+        self, shape: ModelShape, kernels: Kernels, place: ModelPlace = ONE_PROCESS, multiplier: float = 1.0
+    ) -> None:
+        """multiplier: of what it gives, taken into weight and bias while they are wide, so that rows are rounded
+        once."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.hidden_size))
         self.bias = nn.Parameter(torch.empty(shape.hidden_size)) if shape.norm == "layernorm" else None
         self.eps, self.functions, self.unit_offset = shape.norm_eps, norms(kernels.norm), shape.norm_unit_offset
+        self.centres, self.multiplier = shape.norm != "rmsnorm", multiplier
         self.cuts = dict.fromkeys(("weight", "bias"), replicated(place))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return self.functions.rms_norm(x, norm_weight(self.weight, self.unit_offset), self.eps)
-        return self.functions.layer_norm(x, self.weight, self.bias, self.eps)
+        weight, bias = self._scale_and_shift()
+        if self.centres:
+            return self.functions.layer_norm(x, weight, bias, self.eps)
+        return self.functions.rms_norm(x, weight, self.eps)
 
     def after_adding(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """(the norm of x + branch, x + branch): the sum is read once while it is made."""
-        if self.bias is None:
-            return self.functions.add_rms_norm(x, branch, norm_weight(self.weight, self.unit_offset), self.eps)
-        return self.functions.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
+        weight, bias = self._scale_and_shift()
+        if self.centres:
+            return self.functions.add_layer_norm(x, branch, weight, bias, self.eps)
+        return self.functions.add_rms_norm(x, branch, weight, self.eps)
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = norm_weight(self.weight, self.unit_offset), self.bias
+        if self.multiplier == 1:
+            return weight, bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(wide) * self.multiplier, None if bias is None else bias.to(wide) * self.multiplier
 
 
 class Embedding(nn.Module):

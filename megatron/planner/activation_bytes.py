@@ -72,10 +72,13 @@ def layer_terms(shape: ModelShape, run: ForwardPass, slides: bool = False) -> Te
     return {name: size for name, size in terms.items() if size}
 
 
-def _statistics(shape: ModelShape, run: ForwardPass) -> int:
-    """Of one norm: a number a row (LayerNorm: two), and the weight widened where 1 is added to it."""
-    numbers = 2 if shape.norm == "layernorm" else 1
-    return run.wide * (run.residual_positions * numbers + shape.hidden_size * shape.norm_unit_offset)
+def _statistics(shape: ModelShape, run: ForwardPass, last: bool = False) -> int:
+    """Of one norm: a number a row (LayerNorm: two), and the weight widened where 1 is added to it; of the last one also
+    weight and bias times what logits are multiplied by."""
+    numbers, vectors = 1 if shape.norm == "rmsnorm" else 2, int(shape.norm_unit_offset)
+    if last and shape.logit_multiplier != 1:
+        vectors = 2 if shape.norm == "layernorm" else 1
+    return run.wide * (run.residual_positions * numbers + shape.hidden_size * vectors)
 
 
 def _entered(shape: ModelShape, run: ForwardPass, part: str, name: str) -> Terms:
@@ -83,6 +86,8 @@ def _entered(shape: ModelShape, run: ForwardPass, part: str, name: str) -> Terms
     stream = run.residual_positions * shape.hidden_size * run.narrow
     gathered = run.split and run.sequence and run.tensor > 1
     whole = run.positions * shape.hidden_size * run.narrow
+    if shape.shared_norm and part == "MLP":  # attention's norm is kept already
+        return {f"gathered for {part}": whole} if gathered and not run.fp8 else {}
     if shape.norms_before:
         read = 0 if run.fp8 else whole if gathered else stream
         return {name: stream, f"norm before {part}": _statistics(shape, run), f"normed for {part}": read}
@@ -158,7 +163,7 @@ def stage_terms(
     if first:
         terms["first"] = embedding_bytes(shape, run)
     if last:
-        terms["last norm"] = stream_bytes(shape, run) + _statistics(shape, run)
+        terms["last norm"] = stream_bytes(shape, run) + _statistics(shape, run, last=True)
         terms["loss"] = loss_kept_bytes(shape, run)
     return terms
 
@@ -326,6 +331,5 @@ def pending_bytes(shape: ModelShape, run: ForwardPass, layers: int) -> int:
     heads, groups = heads_here(shape, run.tensor)
     outputs = (heads + 2 * groups) * shape.head_dim
     outputs += (2 if shape.gated_mlp else 1) * (shape.intermediate_size // run.tensor)
-    norms = 2 * (shape.norms_before + shape.norms_after)
-    streams = (2 + norms) * run.residual_positions * shape.hidden_size
+    streams = (2 + shape.norms_a_layer) * run.residual_positions * shape.hidden_size
     return layers * run.narrow * (run.positions * outputs + streams)

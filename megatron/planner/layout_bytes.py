@@ -141,7 +141,7 @@ def layer_tensors(shape: ModelShape, tensor: int, name: str) -> Iterator[HeldTen
     yield from _linear(f"{name}.attention.output", hidden, query, shape.attention_bias)
     if shape.norms_after:
         yield from _norm(shape, f"{name}.attention_after_norm")
-    if shape.norms_before:
+    if shape.norms_before and not shape.shared_norm:
         yield from _norm(shape, f"{name}.mlp_norm")
     if shape.gated_mlp:
         yield from _linear(f"{name}.mlp.gate", inner, hidden, shape.mlp_bias)

@@ -84,13 +84,16 @@ def _elementwise(shape: ModelShape, rows: Rows, tensor: int) -> Iterator[Operati
     turned = (heads + groups) * shape.head_dim
     residual, tokens = rows.residual * rows.narrow, rows.tokens * rows.narrow
     kinds: list[tuple[str, float, Pass]] = []
-    if shape.norms_before:
+    if shape.shared_norm:
+        kinds += [("norm of both, forward", residual * 2 * h, "forward")]
+        kinds += [("norm of both, backward", residual * 6 * h, "backward")]  # the sum of two gradients among it
+    elif shape.norms_before:
         kinds += [("norm + add and norm, forward", residual * 6 * h, "forward")]
         kinds += [("norm + add and norm, backward", residual * 8 * h, "backward")]
     if shape.norms_after:
         kinds += [("norms behind, forward", residual * 4 * h, "forward")]
         kinds += [("norms behind, backward", residual * 6 * h, "backward")]
-    kinds += [("residual addition", residual * 3 * h, "forward")]
+    kinds += [("residual addition", residual * (6 if shape.shared_norm else 3) * h, "forward")]
     if shape.qk_norm != "none":
         kinds += [("norms of queries and keys, forward", tokens * 2 * turned, "forward")]
         kinds += [("norms of queries and keys, backward", tokens * 3 * turned, "backward")]

@@ -31,6 +31,8 @@ _OPTIMIZERS = {
 }
 """Keys of [optimizer] that only some optimizers read."""
 _UNKNOWN_VOCABULARY = 64
+_YOUNGER: Document = {"shared_norm": False, "logit_multiplier": 1.0}
+"""Fields of a decoder that are younger than the first studies, where they say nothing."""
 
 
 def train_document(step: TrainStep, seed: int, before: str | None, position: str | None) -> Document:
@@ -99,10 +101,12 @@ def optimizer_document(section: OptimizerSection) -> Document:
 
 
 def model_document(config: RunConfig, longest: int) -> Document:
-    """The decoder that [model] comes to, without what a resume may change of it."""
+    """The decoder that [model] comes to, without what a resume may change of it. Fields younger than the first studies
+    are named where they say something, so that nodes trained before them keep their names."""
     shape = shape_of(config, longest)
     document = shape.to_json()
-    free = {"family"} | ({"max_position_embeddings"} if shape.position_embedding == "rope" else set())
+    free = {"family"} | {name for name, plain in _YOUNGER.items() if document[name] == plain}
+    free |= {"max_position_embeddings"} if shape.position_embedding == "rope" else set()
     if vocabulary_of(config) is None:
         free |= {"vocab_size", "padded_vocab_size"}
         document["vocabulary"] = f"of {config.tokenizer.path}"

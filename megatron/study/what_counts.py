@@ -41,9 +41,10 @@ ROWS = (
         "resolved",
         "preset vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
         "intermediate_size hidden_act gated_mlp norm norm_eps norm_place norm_unit_offset attention_bias "
-        "query_key_value_bias qk_norm mlp_bias parallel_block position_embedding max_position_embeddings rope_theta "
-        "rope_scaling partial_rotary_factor sliding_window sliding_pattern rope_local_theta tie_word_embeddings "
-        "embedding_multiplier attention_multiplier initializer_range hidden_dropout document_mask",
+        "query_key_value_bias qk_norm mlp_bias parallel_block shared_norm position_embedding max_position_embeddings "
+        "rope_theta rope_scaling partial_rotary_factor sliding_window sliding_pattern rope_local_theta "
+        "tie_word_embeddings embedding_multiplier attention_multiplier logit_multiplier initializer_range "
+        "hidden_dropout document_mask",
         "the decoder that they come to, whether a preset or its fields say it; the limit of rotary positions is none",
     ),
     Row("model", "resolved", "seq_length", "by the sequence lengths of stages and the default of piece_tokens"),

@@ -31,6 +31,8 @@ CHANGED: dict[str, Any] = {
     "rope_scaling": RopeScaling("linear", 2.0),
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.3,
+    "logit_multiplier": 0.5,
+    "shared_norm": True,
     "sliding_window": 9,
     "num_key_value_heads": 1,
     "head_dim": 16,

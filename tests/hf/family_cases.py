@@ -135,6 +135,11 @@ CASES = {
         "olmo3",
         _sizes(num_key_value_heads=2, num_hidden_layers=5, sliding_window=7, rope_parameters=_OLMO3_ROPE),
     ),
+    "cohere": FamilyCase("cohere", _sizes(num_key_value_heads=2, logit_scale=2.0, layer_norm_eps=1e-3)),
+    "cohere untied, biased": FamilyCase(
+        "cohere",
+        _sizes(tie_word_embeddings=False, attention_bias=True, rope_parameters=_LINEAR, logit_scale=1.3),
+    ),
     "gpt2": FamilyCase("gpt2", _GPT2, exact=True),
     "gpt2 untied": FamilyCase("gpt2", _GPT2 | {"tie_word_embeddings": False, "n_inner": 40}, exact=True),
 }
@@ -223,6 +228,9 @@ def _of_layer(kind: str, name: str, tensor: Tensor, config: Any) -> dict[str, Te
         query, group = config.num_attention_heads * size, getattr(config, "num_key_value_heads", 0) * size
         parts = whole.split([query, group, group] if group else [query] * 3)
         return {f"{begin}attention.{p}.{what}": t for p, t in zip(("query", "key", "value"), parts, strict=True)}
+    if kind == "cohere" and module in ("q_proj", "k_proj"):  # neighbours of a head turn there, halves here
+        heads = tensor.unflatten(0, (-1, size))
+        return {f"{begin}{_OWN[module]}.{what}": torch.cat([heads[:, 0::2], heads[:, 1::2]], 1).flatten(0, 1)}
     if module == "gate_up_proj":
         gate, up = tensor.chunk(2)
         return {begin + "mlp.gate." + what: gate, begin + "mlp.up." + what: up}

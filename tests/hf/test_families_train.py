@@ -28,7 +28,7 @@ SGD = OptimizerSection(name="sgd", momentum=0.5, clip_grad_norm=0.0)
 RATES = {"adamw": 2e-3, "sgd": 0.05}
 ONE_OF_EACH = (
     "llama 3", "mistral with a window", "qwen2 tied", "qwen3", "olmo3", "phi3 partial, tied", "gpt_neox",
-    "gpt2", "gemma3 with windows",
+    "gpt2", "gemma3 with windows", "cohere",
 )  # fmt: skip
 
 

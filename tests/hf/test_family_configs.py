@@ -35,6 +35,7 @@ EXPRESSIBLE: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     },
+    "cohere": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
 }
 """What must be said for a class's own defaults to be a model of ours."""
 GENERIC = transformers.PretrainedConfig().to_dict().keys() | {
@@ -53,7 +54,7 @@ HARMLESS = {
 CHECKED = {
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "pretraining_tp", "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx", "add_cross_attention", "use_bidirectional_attention", "attn_logit_softcapping",
-    "final_logit_softcapping",
+    "final_logit_softcapping", "use_qk_norm",
 }  # fmt: skip
 """Keys of which some values are refused."""
 
@@ -159,6 +160,13 @@ MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}
         ({"model_type": "gemma2", **SIZES}, "(?s)attn_logit_softcapping = 50.0 .*final_logit_softcapping = 30.0"),
         ({"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": "gelu_new"}, "contradicts hidden_act"),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "attention ahead"),
+        ({"model_type": "cohere", "rope_theta": 1e4, "use_qk_norm": True}, "use_qk_norm = True: this needs LayerNorms"),
+        ({"model_type": "cohere"}, "rope_theta is left out: version 4 of transformers takes 10000 .* 5 takes 500000"),
+        ({"model_type": "cohere", "rope_theta": 1e4, **SIZES, "head_dim": 32}, "head_dim = 32: .*, which is 16"),
+        ({"model_type": "cohere", "rope_theta": 1e4, **SIZES, "head_dim": {}}, "head_dim = {}: this class has no such"),
+        ({"model_type": "cohere", "rope_theta": 1e4, "logit_scale": None}, "logit_scale is null, and must be a number"),
+        ({"model_type": "cohere", "rope_theta": 1e4, "logit_scale": 0}, "logit_scale = 0 is not above 0"),
+        ({"model_type": "cohere2", **SIZES}, "model_type = 'cohere2'.* cannot be expressed; .*CohereForCausalLM"),
     ],
 )  # fmt: skip
 def test_B1_what_the_decoder_cannot_express_is_named(config: dict[str, Any], words: str) -> None:
@@ -205,6 +213,7 @@ NEOX = replace(
 )
 
 
+COHERE = replace(LLAMA, norm="layernorm_no_bias", parallel_block=True, shared_norm=True)
 OLMO3 = replace(LLAMA, qk_norm="width", norm_place="after", sliding_window=9, sliding_pattern=2, family="olmo3")
 
 
@@ -228,6 +237,8 @@ OLMO3 = replace(LLAMA, qk_norm="width", norm_place="after", sliding_window=9, sl
         (NEOX, "GPTNeoXForCausalLM"),
         (replace(NEOX, parallel_block=True), "GPTNeoXForCausalLM"),
         (replace(NEOX, position_embedding="learned"), "GPT2LMHeadModel"),
+        (COHERE, "CohereForCausalLM"),
+        (replace(COHERE, logit_multiplier=0.0625, attention_bias=True), "CohereForCausalLM"),
         (replace(LLAMA, norm_unit_offset=True, embedding_multiplier=5.65685425), "GemmaForCausalLM"),
         (replace(LLAMA, norm_unit_offset=True, embedding_multiplier=32**0.5, norm_place="both"), "Gemma2ForCausalLM"),
     ],
@@ -240,6 +251,10 @@ def test_the_plainest_family_that_says_a_shape_is_chosen(shape: ModelShape, name
     ("shape", "words"),
     [
         (replace(LLAMA, parallel_block=True), "Llama.*:\n  model.parallel_block = true: .* only say false"),
+        (replace(COHERE, norm="rmsnorm"), "Cohere.*:\n  model.norm = 'rmsnorm': .* only say 'layernorm_no_bias'"),
+        (replace(COHERE, head_dim=16), "model.head_dim = 16: CohereForCausalLM can only say 8"),
+        (replace(COHERE, shared_norm=False), "model.shared_norm = false: CohereForCausalLM can only say true"),
+        (replace(LLAMA, logit_multiplier=0.5), "model.logit_multiplier = 0.5: LlamaForCausalLM can only say 1.0"),
         (replace(LLAMA, qk_norm="width"), "model.qk_norm = 'width': LlamaForCausalLM can only say 'none'"),
         (replace(LLAMA, qk_norm="head", query_key_value_bias=True), "model.q"),
         (replace(NEOX, num_key_value_heads=2), "model.num_key_value_heads = 2: GPTNeoXForCausalLM can only say 4"),
@@ -289,11 +304,13 @@ def _shapes() -> st.SearchStrategy[ModelShape]:
         intermediate_size=st.integers(1, 200),
         hidden_act=st.sampled_from(["silu", "gelu", "gelu_tanh"]),
         gated_mlp=yes,
-        norm=st.sampled_from(["rmsnorm", "layernorm"]),
+        norm=st.sampled_from(["rmsnorm", "layernorm", "layernorm_no_bias"]),
         norm_eps=st.floats(1e-12, 1e-2),
         attention_bias=yes,
         mlp_bias=yes,
         parallel_block=yes,
+        shared_norm=yes,
+        logit_multiplier=st.sampled_from([1.0, 0.0625]),
         rope_theta=st.floats(1.0, 1e7),
         partial_rotary_factor=st.sampled_from([1.0, 0.5]),
         tie_word_embeddings=yes,

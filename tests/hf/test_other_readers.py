@@ -21,7 +21,7 @@ TRANSFORMERS_4 = "STAGEMIX_TRANSFORMERS_4"
 VLLM = {
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM",
     "GPT2LMHeadModel", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "Phi3ForCausalLM", "GemmaForCausalLM",
-    "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "CohereForCausalLM",
 }  # fmt: skip
 """Those of our families that vllm/model_executor/models/registry.py of vllm 0.33.0 has (GPTNeoX, Olmo2 and Olmo3 by
 way of transformers, the others in classes of its own), and so has that of github.com/vllm-project/vllm at commit

@@ -84,6 +84,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", _GEMMA | {"query_pre_attn_scalar": 20}),
     "gemma3": ("gemma3_text", _GEMMA | {"rope_parameters": _TWO_BASES}),
     "gpt_neox": ("gpt_neox", _COMMON | {"rotary_pct": 0.5}),
+    "cohere": ("cohere", _GROUPED | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "gpt2": (
         "gpt2",
         {

@@ -43,6 +43,13 @@ def after_addition(size: int, dtype: torch.dtype, weight_dtype: torch.dtype, bia
     torch.autograd.backward(results, tuple(torch.empty_like(result) for result in results))
 
 
+def without_bias(size: int, dtype: torch.dtype) -> None:
+    """LayerNorm with a weight alone, forward and backward, after an addition and without."""
+    (x, branch), (weight,) = _tensors(size, dtype, dtype, False)
+    results = *add_layer_norm_triton(x, branch, weight, None, 1e-5), layer_norm_triton(x, weight, None, 1e-5)
+    torch.autograd.backward(results, tuple(torch.empty_like(result) for result in results))
+
+
 def _cases() -> dict[str, Callable[[], object]]:
     cases: dict[str, Callable[[], object]] = {}
     for norm, biased in (("rms_norm", False), ("layer_norm", True)):
@@ -53,6 +60,8 @@ def _cases() -> dict[str, Callable[[], object]]:
             cases[f"add_{norm}, {TOKENS} x {size}, {_name(dtype)}"] = call
         call = partial(after_addition, 4096, BF16, FP32, biased)
         cases[f"add_{norm}, {TOKENS} x 4096, bf16, weights fp32"] = call
+    for size, dtype in ((2048, BF16), (8192, BF16), (20480, BF16), (4096, FP32)):
+        cases[f"layer_norm without bias, {TOKENS} x {size}, {_name(dtype)}"] = partial(without_bias, size, dtype)
     return cases
 
 

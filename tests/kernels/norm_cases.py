@@ -43,10 +43,10 @@ def weights(size: int, dtype: torch.dtype, device: torch.device, biased: bool) -
     return [w.to(device=device, dtype=dtype).requires_grad_() for w in found[: 1 + biased]]
 
 
-def written_out(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition in float64, on the CPU."""
+def written_out(x: Tensor, weight: Tensor, bias: Tensor | None = None, centres: bool = False) -> Tensor:
+    """The definition in float64, on the CPU. centres: LayerNorm, which it also is where there is a bias."""
     x = x.cpu().double()
-    if bias is not None:
+    if centres or bias is not None:
         x = x - x.sum(-1, keepdim=True) / x.shape[-1]
     y = x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + EPS).sqrt() * weight.cpu().double()
     return y if bias is None else y + bias.cpu().double()
@@ -69,17 +69,18 @@ def compare(
     added: bool,
     upstreams: Sequence[Tensor | None],
     twice: bool = False,
+    centres: bool = False,
 ) -> None:
     """A norm's results and gradients against the definition in float64, and the dtypes of both.
 
     leaves: x, branch where `added`, weight, bias in LayerNorm. upstreams: by result; None where it is not used. twice:
-    the gradient of the sum is rounded twice, as the eager definition does.
+    the gradient of the sum is rounded twice, as the eager definition does. centres: a LayerNorm without a bias.
     """
     results = norm(*leaves, EPS)
     results = results if added else (results,)
     exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
     summed = exact[0] + exact[1] if added else exact[0]
-    wanted = (written_out(summed, *exact[1 + added :]), summed)
+    wanted = (written_out(summed, *exact[1 + added :], centres=centres), summed)
     for result, want in zip(results, wanted, strict=False):
         assert result.dtype == leaves[0].dtype and result.shape == leaves[0].shape
         close(result, want)

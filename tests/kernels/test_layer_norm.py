@@ -37,6 +37,16 @@ def test_equals_the_formula_in_every_dtype(
     compare(layer_norm, [x, *leaves[2:]], False, upstreams[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_bias_it_equals_torch_and_the_formula(dtype: torch.dtype) -> None:
+    x, branch, *upstreams = rows((2, 4, 65), dtype, CPU, 4)
+    (weight,) = weights(65, dtype, CPU, False)
+    compare(lambda *t: add_layer_norm(*t[:-1], None, t[-1]), [x, branch, weight], True, upstreams, True, centres=True)
+    compare(lambda *t: layer_norm(*t[:-1], None, t[-1]), [x, weight], False, upstreams[:1], centres=True)
+    zero = torch.zeros_like(weight)
+    assert torch.equal(layer_norm(x, weight, None, EPS), layer_norm(x, weight, zero, EPS))
+
+
 def test_gradcheck_on_strided_rows() -> None:
     x, branch = (torch.randn(5, 3, dtype=torch.float64).t().requires_grad_() for _ in range(2))
     weight, bias = (torch.randn(5, dtype=torch.float64).requires_grad_() for _ in range(2))

@@ -32,6 +32,7 @@ class Norm:
     add_eager: Callable[..., tuple[Tensor, Tensor]]
     biased: bool
     wide: int
+    centres: bool = False
 
     def weights(self, size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Leaves: the weight, and the bias where there is one."""
@@ -39,13 +40,26 @@ class Norm:
 
     def compare(self, x: Tensor, branch: Tensor, weight: Sequence[Tensor], up: Tensor, onward: Tensor) -> None:
         """Both calls against the formula."""
-        compare(self.triton, [x, *weight], False, [up])
-        compare(self.add_triton, [x, branch, *weight], True, [up, onward])
+        compare(self.triton, [x, *weight], False, [up], centres=self.centres)
+        compare(self.add_triton, [x, branch, *weight], True, [up, onward], centres=self.centres)
+
+
+def _without(norm: Callable[..., Any]) -> Callable[..., Any]:
+    """A LayerNorm that is given no bias."""
+
+    def call(*tensors_and_eps: Any) -> Any:
+        *tensors, eps = tensors_and_eps
+        return norm(*tensors, None, eps)
+
+    return call
 
 
 LAYER = Norm(layer_norm_triton, add_layer_norm_triton, layer_norm, add_layer_norm, True, 5000)
 RMS = Norm(rms_norm_triton, add_rms_norm_triton, rms_norm, add_rms_norm, False, 9000)
-of_both = pytest.mark.parametrize("norm", [LAYER, RMS], ids=["layer", "rms"])
+WEIGHT_ALONE = Norm(
+    *map(_without, (layer_norm_triton, add_layer_norm_triton, layer_norm, add_layer_norm)), False, 9000, centres=True
+)
+of_both = pytest.mark.parametrize("norm", [LAYER, RMS, WEIGHT_ALONE], ids=["layer", "rms", "layer without bias"])
 
 
 @of_both
@@ -73,7 +87,7 @@ def test_wide_rows_equal_the_formula(
     x, branch, up, onward = rows((3, size), dtype, device, 4)
     weight = norm.weights(size, torch.float32, device)
     before, after = Launches(monkeypatch, forward), Launches(monkeypatch, backward)
-    compare(norm.add_triton, [x, branch, *weight], True, [up, onward])
+    compare(norm.add_triton, [x, branch, *weight], True, [up, onward], centres=norm.centres)
     assert before.names == ["_forward_kernel" if size <= forward.HELD else "_forward_pieces_kernel"]
     ways = ["_backward_kernel"] if by_rows else ["_row_means_kernel", "_columns_kernel"]
     assert after.names == [*ways, "_column_sums_kernel"]
@@ -106,7 +120,8 @@ def test_equals_the_eager_definition(norm: Norm, dtype: torch.dtype, device: tor
 def test_results_that_are_not_used(norm: Norm, used: tuple[bool, bool], device: torch.device) -> None:
     x, branch, *upstreams = rows((5, 40), torch.float64, device, 4)
     leaves = [x, branch, *norm.weights(40, torch.float64, device)]
-    compare(norm.add_triton, leaves, True, [up if use else None for up, use in zip(upstreams, used, strict=True)])
+    ups = [up if use else None for up, use in zip(upstreams, used, strict=True)]
+    compare(norm.add_triton, leaves, True, ups, centres=norm.centres)
 
 
 def test_the_norm_is_of_the_sum_as_it_is_rounded(device: torch.device) -> None:

@@ -38,6 +38,7 @@ VARIANTS = (
     Variant("sgd, clipped", OptimizerSection(name="sgd", momentum=0.5, clip_grad_norm=CLIP), 8.0, 1e-5, BIASED),
     Variant("adamw", OptimizerSection(clip_grad_norm=1.0, weight_decay=0.1), 0.4, 1e-4, TIED),
 )
+COHERE = {"norm": "layernorm_no_bias", "parallel_block": True, "shared_norm": True}
 _PLAIN = OptimizerSection(name="sgd", clip_grad_norm=0.0)
 FAMILIES = (
     Variant("qwen2", _PLAIN, 20.0, 1e-5, TIED | {"query_key_value_bias": True}),
@@ -53,6 +54,7 @@ FAMILIES = (
         | {"norm_place": "both", "norm_unit_offset": True, "qk_norm": "head", "embedding_multiplier": 4.0}
         | {"sliding_window": 5, "sliding_pattern": 2, "rope_local_theta": 100.0},
     ),
+    Variant("cohere", _PLAIN, 20.0, 1e-5, TIED | COHERE | {"logit_multiplier": 0.5}),
 )
 """What other model families than Llama's and NeoX' are made of."""
 VARIANT = {variant.name: variant for variant in (*VARIANTS, *FAMILIES)}

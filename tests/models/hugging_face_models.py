@@ -10,6 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -213,6 +215,22 @@ def gemma3(shape: ModelShape, ours: Decoder) -> Twin:
         }
     )
     return Twin(Gemma3ForCausalLM(config), shape, ours, _llama_like(_GEMMA3_LAYER))
+
+
+class _CohereTwin(Twin):
+    """Rows of queries and keys lie as neighbours there: dimension i of a head's first half, then of its second."""
+
+    def _without_padding(self, name: str, value: Tensor) -> Tensor:
+        if ".query." not in name and ".key." not in name:
+            return super()._without_padding(name, value)
+        first, second = value.unflatten(0, (-1, 2, self.shape.head_dim // 2)).unbind(1)
+        return torch.stack([first, second], 2).flatten(0, 2)
+
+
+def cohere(shape: ModelShape, ours: Decoder) -> Twin:
+    words = _words(shape) | {"layer_norm_eps": shape.norm_eps, "attention_bias": shape.attention_bias}
+    model = CohereForCausalLM(CohereConfig(**words, logit_scale=shape.logit_multiplier))
+    return _CohereTwin(model, shape, ours, _llama_like(_LLAMA_LAYER))
 
 
 def gpt2(shape: ModelShape, ours: Decoder) -> Twin:

@@ -57,6 +57,9 @@ SHAPES = {
         embedding_multiplier=3.0,
         attention_multiplier=0.3,
     ),
+    "cohere": tiny_shape(
+        norm="layernorm_no_bias", parallel_block=True, shared_norm=True, logit_multiplier=0.3, hidden_dropout=0.2
+    ),
     "every other layer with a window": tiny_shape(
         sliding_window=5, sliding_pattern=2, rope_local_theta=100.0, rope_scaling={"rope_type": "linear", "factor": 8.0}
     ),

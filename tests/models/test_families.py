@@ -31,6 +31,7 @@ GEMMA3: dict[str, Any] = {
     "hidden_act": "gelu_tanh",
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
+COHERE: dict[str, Any] = {"norm": "layernorm_no_bias", "parallel_block": True, "shared_norm": True}
 FAMILIES: dict[str, tuple[ModelShape, Callable[[ModelShape, Decoder], Twin]]] = {
     "llama 3.1": (tiny_shape(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 12}), theirs.llama),
     "llama, linear": (tiny_shape(rope_scaling={"rope_type": "linear", "factor": 3.0}), theirs.llama),
@@ -46,6 +47,8 @@ FAMILIES: dict[str, tuple[ModelShape, Callable[[ModelShape, Decoder], Twin]]] = 
     "phi3": (tiny_shape(tie_word_embeddings=False), theirs.phi3),
     "phi4 mini": (tiny_shape(partial_rotary_factor=0.75, head_dim=16, hidden_size=64), theirs.phi3),
     "gpt2": (tiny_shape("gpt2", num_key_value_heads=4), theirs.gpt2),
+    "cohere": (tiny_shape(**COHERE, logit_multiplier=0.0625), theirs.cohere),
+    "cohere, biased and untied": (tiny_shape(**COHERE, attention_bias=True, tie_word_embeddings=False), theirs.cohere),
     "mistral with a window": (tiny_shape(tie_word_embeddings=False, sliding_window=7), theirs.mistral),
     "phi3 with a window": (tiny_shape(tie_word_embeddings=False, sliding_window=1), theirs.phi3),
     "gemma3, all layers full": (tiny_shape(**GEMMA3), theirs.gemma3),
@@ -97,7 +100,7 @@ def test_logits_and_every_gradient_equal_transformers(family: str, joined: bool,
         assert_near(mine, wanted, largest, name)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "gpt2", "gemma3", "mistral with a window"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "gpt2", "gemma3", "cohere", "mistral with a window"])
 def test_packed_documents_equal_each_document_alone(family: str) -> None:
     shape, _ = FAMILIES[family]
     packed, alone = (make_decoder(shape, "blockwise", ONE_PROCESS) for _ in range(2))
@@ -141,7 +144,7 @@ def test_narrow_weights_stay_near_wide_ones(family: str) -> None:
     torch.testing.assert_close(found.mean(), wanted.mean(), atol=5e-3, rtol=5e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "gpt2", "gemma3", "phi4 mini", "llama, yarn"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "gpt2", "gemma3", "cohere", "phi4 mini", "llama, yarn"])
 def test_triton_kernels_give_the_same(family: str) -> None:
     shape = dataclasses.replace(FAMILIES[family][0], hidden_dropout=0.0)
     kernels = Kernels(attention="sdpa", norm="triton", rope="triton", activation="triton")
