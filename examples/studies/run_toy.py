@@ -202,7 +202,8 @@ def steps_of(study: Study, scale: Scale, file: Path, arms: Sequence[str], seeds:
         of_study("plan", "what will be trained, and what arms share"),
         # one thread each: sums on a CPU depend on their number, and two processes do more than two threads
         of_study("run", "train each node once, and evaluate the ends of arms", "--threads", "1"),
-        of_study("report", "tables, plots, and how sure they are"),
+        # in the place of the whole study's report: the toy's arms are chosen, and are all that there is of it
+        of_study("report", "tables, plots, and how sure they are", "--output", str(folder / study.output / "report")),
     ]
 
 

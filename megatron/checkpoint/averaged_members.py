@@ -15,7 +15,7 @@ from megatron.checkpoint.manager import CheckpointManager, CheckpointRef
 from megatron.checkpoint.manifest import NAME, verify
 from megatron.checkpoint.tensor_format import DTYPES
 from megatron.config.errors import CheckpointError, ConfigError
-from megatron.config.model_shape import NO_FUNCTION, ModelShape
+from megatron.config.model_shape import NO_FUNCTION, ModelShape, unlike_fields
 from megatron.data.ledger import Ledger
 
 AVERAGED = "averaged"
@@ -161,13 +161,7 @@ def _refuse_twice(opened: Sequence[OpenMember]) -> None:
 
 def _misfits(first: OpenMember, member: OpenMember) -> list[str]:
     """What keeps two checkpoints from being averaged, in words."""
-    then, now = first.shape.to_json(), member.shape.to_json()
-    free = NO_FUNCTION if first.shape.position_embedding == "rope" else NO_FUNCTION - {"max_position_embeddings"}
-    found = [
-        f"{name} is {now.get(name)!r}, not {then.get(name)!r}"
-        for name in sorted((then.keys() | now.keys()) - free)
-        if then.get(name) != now.get(name)
-    ]
+    found = unlike_fields(first.shape, member.shape)
     ours, theirs = _fingerprint(first), _fingerprint(member)
     if ours and theirs and ours != theirs:
         found.append(f"its tokenizer is {_tokenizer(member)}, not {_tokenizer(first)}")

@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     require_harness()
     with tempfile.TemporaryDirectory(prefix="stagemix-tasks-") as scratch:
         ready = _ready(suite, Path(scratch), args) if suite else None
-        tasks, about, include = _tasks(args, ready)
+        left_out: dict[str, str] = {}
+        tasks, about, include = _tasks(args, ready, left_out)
         dtype, reason = choose_dtype(args.dtype, args.device)
         print(f"computing in {dtype}: {reason}", flush=True)
         settings = HarnessSettings(
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         run = _Run(tasks, about, include, ready, settings, programs, args)
         head = {**_head(args, dtype, ready, programs), "tasks": about}
+        if left_out:
+            head["left_out"] = left_out
         record = run.every_model(head)
     write_record(args.output, record)
     print("\n".join(table(record)))
@@ -169,9 +172,10 @@ def _head(args: argparse.Namespace, dtype: str, ready: ReadySuite | None, progra
 
 
 def _tasks(
-    args: argparse.Namespace, ready: ReadySuite | None
+    args: argparse.Namespace, ready: ReadySuite | None, left_out: dict[str, str]
 ) -> tuple[list[str], dict[str, dict[str, Any]], Path | None]:
-    """Names of the tasks, what is known of them, and where their files are."""
+    """Names of the tasks, what is known of them, and where their files are. left_out: receives sources of heldout that
+    cannot be asked about, with why."""
     if ready is not None:
         return ready.harness_tasks, ready.described(), ready.folder
     if args.tasks:
@@ -179,15 +183,31 @@ def _tasks(
         if not names:
             raise ConfigError(f"--tasks {args.tasks!r} names no task")
         return names, {}, args.include_path
-    config = load_config(args.config, args.overrides)
+    config = _with_sources(load_config(args.config, args.overrides), args.sources)
     _check_held_out(config, [path for _, path in map(named_model, args.models)])
     texts = held_out_texts(config, load_tokenizer(config.tokenizer.path))
     folder = args.output.parent / f"{args.output.stem}-tasks"
-    held_out = write_held_out_tasks(folder, texts, args.questions, args.passages, args.seed)
+    # a source that was named is wanted; of all sources those that can be asked about are
+    refused = None if args.sources else left_out
+    held_out = write_held_out_tasks(folder, texts, args.questions, args.passages, args.seed, refused)
+    for source in config.sources if refused is not None else ():
+        if source not in texts:
+            left_out.setdefault(source, f"source {source}: no held-out documents")
+    for why in left_out.values():
+        print(f"not asked about: {why}", flush=True)
     for task in held_out:
         print(f"{task.name}: {task.items} {'questions' if task.chance else 'passages'}", flush=True)
     about = {task.name: {"source": task.source, "kind": task.kind, "chance": task.chance} for task in held_out}
     return [task.name for task in held_out], about, folder
+
+
+def _with_sources(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """The config with these sources alone; all where none is named. Raises ConfigError for others."""
+    for name in names:
+        if name not in config.sources:
+            raise ConfigError(f"--source {name}: no source of --config; it has {', '.join(config.sources)}")
+    chosen = {name: section for name, section in config.sources.items() if not names or name in names}
+    return config.model_copy(update={"sources": chosen})
 
 
 def _check_held_out(config: RunConfig, models: Sequence[Path]) -> None:

@@ -122,6 +122,14 @@ def _add_heldout(parser: argparse.ArgumentParser) -> None:
     heldout.add_argument(
         "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="override a key of --config"
     )
+    heldout.add_argument(
+        "--source",
+        dest="sources",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="only this source of --config; may be given again (default: all that have enough held-out documents)",
+    )
     heldout.add_argument("--questions", type=int, default=200, help="of each source (default: %(default)s)")
     heldout.add_argument(
         "--passages", type=int, default=40_000, metavar="CHARACTERS", help="for bits a byte (default: %(default)s)"
@@ -162,6 +170,8 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--suite heldout needs --config: the run's TOML file, whose sources have held-out documents")
     if args.suite == HELDOUT and args.tasks:
         raise ConfigError("--suite heldout runs a task a source: leave --tasks out")
+    if args.sources and args.suite != HELDOUT:
+        raise ConfigError("--source names sources of --suite heldout: leave it out, or say --suite heldout")
     if args.suite and args.include_path is not None:
         raise ConfigError("--include-path is for --tasks of your own: leave it or --suite out")
     if args.data is not None and not args.suite:

@@ -94,13 +94,16 @@ class _Work:
     speaker: TextIO
 
     def every_part(self) -> int:
-        """Gives the code of the first part that failed. What needs the export is left where that failed."""
+        """Gives the code of the first part that failed. What needs the export is not tried where that failed."""
         folder = NodeFolder(Path(self.request.folder))
-        done, code = Evaluated(folder), EXIT_DONE
+        done, code, no_export = Evaluated(folder), EXIT_DONE, EXIT_DONE
         for part in self.request.parts:
             done.forget(part)
         for part in self.request.parts:
             title = f"{self.request.name} {self.request.node[:8]}: {part.name}"
+            if no_export and part.kind in _OF_THE_EXPORT:
+                done.failed(part, no_export, "it needs the export, which failed")
+                continue
             print(f"── {title}", flush=True)
             began = time.monotonic()
             try:
@@ -112,8 +115,7 @@ class _Work:
                 code = code or failed
                 if failed == EXIT_IO:  # nothing else can be written either
                     return code
-                if part.kind == "export":
-                    break
+                no_export = failed if part.kind == "export" else no_export
                 continue
             seconds = time.monotonic() - began
             done.done(part, seconds)
@@ -195,6 +197,10 @@ _KINDS: dict[str, Callable[[_Work, Part, NodeFolder], str]] = {
     "generate": _Work.generated,
     "judge": _Work.judged,
 }
+
+
+_OF_THE_EXPORT = ("suite", "generate")
+"""Kinds of parts that are asked of the exported folder; losses are of the checkpoint itself."""
 
 
 def _must(command: Callable[[list[str]], int], words: list[str]) -> None:

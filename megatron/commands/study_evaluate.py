@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 from megatron.commands.study_action import Action, planned_study
-from megatron.config.errors import ConfigError
+from megatron.config.errors import EXIT_CHECKPOINT, ConfigError
+from megatron.study.damaged_checkpoints import damaged_words
+from megatron.study.due_tasks import Task
+from megatron.study.node_config import node_folder
 from megatron.study.node_evaluation import evaluate_study
+from megatron.study.node_parts import Evaluated
+from megatron.study.plan import PlannedStudy
 
 EPILOG = """\
 examples:
@@ -44,9 +50,19 @@ def _arguments(one: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     if args.threads < 0:
         raise ConfigError(f"--threads {args.threads}: at least 1; leave it out for what the study says")
-    return evaluate_study(
-        planned_study(args), args.node, args.again, args.threads, lambda words: print(words, flush=True)
-    )
+    planned, began = planned_study(args), time.time()
+    code = evaluate_study(planned, args.node, args.again, args.threads, lambda words: print(words, flush=True))
+    if code == EXIT_CHECKPOINT:
+        for words in damaged_words(planned, _failed(planned, began)):
+            print(words, flush=True)
+    return code
+
+
+def _failed(planned: PlannedStudy, since: float) -> list[Task]:
+    """Evaluations that failed over a checkpoint from then on, in unix seconds."""
+    failures = {name: Evaluated(node_folder(planned, name)).failures_since(since) for name in planned.graph.nodes}
+    over = [name for name, parts in failures.items() if any(code == EXIT_CHECKPOINT for code, _ in parts.values())]
+    return [Task("evaluate", name) for name in over]
 
 
 ACTION = Action("Exports and evaluates the nodes that are trained.", EPILOG, _arguments, _evaluate)

@@ -14,6 +14,7 @@ from rich.text import Text
 from megatron.commands.status_words import span
 from megatron.commands.tables import new_table
 from megatron.config.quantities import format_count
+from megatron.study.node_config import node_folder
 from megatron.study.node_state import title
 from megatron.study.plan import PlannedStudy
 from megatron.study.run_nodes import Running
@@ -86,7 +87,13 @@ class StudyProgress:
 
     def _name(self, one: Running) -> str:
         more = len(one.tasks) - 1
-        return title(self._planned.graph, one.task.node) + (f" and {more} more" if more else "")
+        words = title(self._planned.graph, one.task.node) + (f" and {more} more" if more else "")
+        return f"{words}, {self._evaluated(one)} of them done," if more else words
+
+    def _evaluated(self, one: Running) -> int:
+        """How many nodes of a process that evaluates several have their results from it."""
+        files = [node_folder(self._planned, task.node).results for task in one.tasks]
+        return sum(file.exists() and file.stat().st_mtime >= one.began for file in files)
 
     def _line(self, one: Running) -> str:
         name, progress = self._name(one), one.progress

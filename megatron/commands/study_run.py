@@ -13,12 +13,14 @@ from megatron.commands.study_action import Action, planned_study
 from megatron.commands.study_progress import StudyProgress
 from megatron.commands.study_verified import verified_words
 from megatron.commands.tables import console_for_tables
-from megatron.config.errors import ConfigError
+from megatron.config.errors import EXIT_CHECKPOINT, ConfigError
 from megatron.config.quantities import format_count
 from megatron.launch.child_process import ChildProcess
+from megatron.study.damaged_checkpoints import damaged_words
 from megatron.study.due_tasks import Tasks, due_tasks
 from megatron.study.identity import tokenizer_identity
 from megatron.study.node_config import study_folder
+from megatron.study.node_evaluation import asked_nodes
 from megatron.study.node_state import study_states, title
 from megatron.study.plan import PlannedStudy
 from megatron.study.run_nodes import Ended, NodeRunner, Outcome
@@ -106,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
             evaluation=not args.no_evaluation,
             keep_going=args.keep_going,
         )
-        tasks = due_tasks(planned, options.evaluation)
+        tasks = due_tasks(planned, options.evaluation, lambda words: console.print(words, soft_wrap=True))
         check_can_train(planned, tasks)
         record = write_record(planned, before, options.threads)
         _say_what_comes(planned, tasks, options, console)
@@ -116,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.report and not outcome.signal:
             failed = _report(planned, options, args.arm, console)
             code = code or failed
-        _say_how_it_ended(planned, record, outcome, console, began)
+        _say_how_it_ended(planned, record, outcome, console, began, options.evaluation)
     return code
 
 
@@ -175,11 +177,14 @@ def _report(planned: PlannedStudy, options: RunOptions, arms: list[str], console
 
 
 def _say_how_it_ended(
-    planned: PlannedStudy, record: StudyRecord, outcome: Outcome, console: Console, began: float
+    planned: PlannedStudy, record: StudyRecord, outcome: Outcome, console: Console, began: float, evaluation: bool
 ) -> None:
     graph = planned.graph
     for ended in outcome.failed:
         _say_failure(planned, ended, console)
+    damaged = [one.task for one in outcome.failed if one.code == EXIT_CHECKPOINT]
+    for words in damaged_words(planned, damaged):
+        console.print(f"\n{words}", soft_wrap=True)
     for task, held in outcome.blocked.items():
         words = f"{title(graph, task.node)}: {task.kind} blocked by {title(graph, held.node)}"
         console.print(words, soft_wrap=True)
@@ -192,6 +197,8 @@ def _say_how_it_ended(
     took = span(time.time() - began)
     left = len(outcome.left) + len(outcome.stopped)
     parts = [f"{done} of {len(graph.nodes)} nodes trained"]
+    if asked := asked_nodes(planned) if evaluation else []:
+        parts.append(f"{sum(states[name].state == 'evaluated' for name in asked)} of {len(asked)} evaluated")
     parts += [f"{len(outcome.failed)} tasks failed"] if outcome.failed else []
     parts += [f"{len(outcome.blocked)} blocked"] if outcome.blocked else []
     if outcome.signal or outcome.stopped:

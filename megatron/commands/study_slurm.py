@@ -186,7 +186,7 @@ def _due(planned: PlannedStudy, args: argparse.Namespace) -> Mapping[Due, tuple[
     """Raises ConfigError, DataError for what cannot be evaluated as [results] says; in a dry run that is a note, since
     a study may be shown before its data are there."""
     try:
-        return due_tasks(planned, not args.no_evaluation)
+        return due_tasks(planned, not args.no_evaluation, lambda words: _note(words.removeprefix("note: ")))
     except StagemixError as error:
         if not args.dry_run or args.no_evaluation:
             raise

@@ -20,7 +20,7 @@ from megatron.config.errors import EXIT_DONE
 from megatron.config.quantities import format_count
 from megatron.launch.attempts import reason_words
 from megatron.launch.run_queue import Queue
-from megatron.study.node_state import STATES
+from megatron.study.node_state import IN_PART, STATES
 from megatron.study.study_status import study_status
 from megatron.study.verification import IndexBuilding, Verification
 
@@ -86,7 +86,7 @@ def show_status(status: Mapping[str, Any], console: Console) -> None:
     console.print(f"{status['study']}  {len(status['nodes'])} nodes: {counts}", style="bold", soft_wrap=True)
     _show_nodes(status, console)
     for row in status["nodes"]:
-        if row["reason"] and row["state"] in ("failed", "stopped", "queued", "blocked"):
+        if row["reason"] and row["state"] in ("failed", "stopped", "queued", "blocked", "trained"):
             code = f", exit code {row['code']}" if row["code"] else ""
             words = reason_words(row["reason"], 300)
             console.print(f"  {row['label']} {row['id'][:8]} {row['state']}{code}: {words}", soft_wrap=True)
@@ -120,7 +120,7 @@ def _show_nodes(status: Mapping[str, Any], console: Console) -> None:
         speed, left = row["tokens_per_second"], row["seconds_left"]
         state = row["state"]
         if row["evaluation"] == "due" and state == "trained":
-            state += ", not evaluated"
+            state += ", evaluated in part" if row["reason"].startswith(IN_PART) else ", not evaluated"
         table.add_row(
             row["id"][:8],
             clipped(row["label"], 24),
@@ -141,7 +141,8 @@ def _show_arms(status: Mapping[str, Any], console: Console) -> None:
     arms = status["arms"]
     several = len({arm["seed"] for arm in arms}) > 1
     done = [_arm(arm, several) for arm in arms if arm["done"]]
-    console.print(f"arms: {len(done)} of {len(arms)} done" + (f": {', '.join(done)}" if done else ""), soft_wrap=True)
+    known = f"arms: {len(done)} of {len(arms)} trained, {sum(arm['evaluated'] for arm in arms)} evaluated"
+    console.print(known + (f"; trained: {', '.join(done)}" if done else ""), soft_wrap=True)
     for state in dict.fromkeys(arm["state"] for arm in arms if not arm["done"]):
         words = [f"{_arm(arm, several)} (at {arm['at']})" for arm in arms if not arm["done"] and arm["state"] == state]
         console.print(f"  {state}: {', '.join(words)}", soft_wrap=True)

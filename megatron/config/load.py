@@ -257,6 +257,10 @@ def _spoken(location: Location, tables: Any) -> str:
     return ".".join(words)
 
 
+_KEY_PART = re.compile(r'"([^"]*)"|\'([^\']*)\'|([^."\']+)')
+"""Of a dotted key, quoted or bare."""
+
+
 def _line_of(location: Location, text: str) -> int | None:
     table: list[str | int] = []
     counts: dict[str, int] = {}
@@ -264,8 +268,8 @@ def _line_of(location: Location, text: str) -> int | None:
     for number, line in enumerate(text.splitlines(), 1):
         stripped = line.strip()
         if header := re.match(r"\[\[?\s*([^\]]+?)\s*\]\]?", stripped) if stripped.startswith("[") else None:
-            name = header.group(1).replace('"', "")
-            table = [part.strip() for part in name.split(".")]
+            table = ["".join(parts).strip() for parts in _KEY_PART.findall(header.group(1))]
+            name = ".".join(map(str, table))
             if stripped.startswith("[["):
                 counts[name] = counts.get(name, -1) + 1
             if table[0] in counts:

@@ -183,6 +183,14 @@ class ModelShape:
         return shape
 
 
+def unlike_fields(first: ModelShape, other: ModelShape) -> list[str]:
+    """Fields, with both values, that keep the weights of `other` from being averaged with those of `first`."""
+    then, now = first.to_json(), other.to_json()
+    free = NO_FUNCTION if first.position_embedding == "rope" else NO_FUNCTION - {"max_position_embeddings"}
+    names = sorted(then.keys() - free)
+    return [f"{name} is {now[name]!r}, not {then[name]!r}" for name in names if then[name] != now[name]]
+
+
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 

@@ -22,37 +22,56 @@ class Quantity:
     unit: Unit
 
 
-def parse_count(value: object) -> int:
-    """A whole number from an int or from words such as "100B" or "2.5M". Raises ValueError otherwise."""
-    quantity = parse_quantity(value)
-    if quantity.unit == "share":
-        raise ValueError(f'{value!r} is a share, a count such as "100B" is needed')
-    if quantity.amount != int(quantity.amount):
+class WrongUnitError(ValueError):
+    """Of a count in another unit than its own. quantity: what was said."""
+
+    def __init__(self, quantity: Quantity, words: str) -> None:
+        super().__init__(words)
+        self.quantity = quantity
+
+
+def parse_count(value: object, of: Unit | None = None) -> int:
+    """A whole number from an int or from words such as "100B" or "2.5M". of: what it counts, which may be said behind
+    it, "100B tokens". Raises ValueError otherwise, WrongUnitError for the name of another unit and for a share."""
+    what, example = (f"a count of {of}", f"100K {of}") if of else ("a count", "100K")
+    said = f'write a whole number, or one as "{example}"'
+    amount, unit = _parsed(value, said)
+    if unit == "share":
+        raise WrongUnitError(Quantity(amount, unit), f"this is {what}, and {value!r} a share: {said}")
+    if unit not in (None, of):
+        raise WrongUnitError(Quantity(amount, unit), f"this is {what}, and {value!r} counts {unit}: {said}")
+    if amount != int(amount):
         raise ValueError(f"{value!r} is not a whole number")
-    return int(quantity.amount)
+    return int(amount)
 
 
 def parse_quantity(value: object, default_unit: Unit = "tokens") -> Quantity:
     """An int, or a string with an optional suffix K, M, B, T and an optional unit; "N%" is a share of the stage."""
+    amount, unit = _parsed(value, 'write a whole number, "100B", "500 steps" or "10%"')
+    return Quantity(amount, unit or default_unit)
+
+
+def _parsed(value: object, said: str) -> tuple[Decimal, Unit | None]:
+    """An amount and the unit that is named. said: what may be written. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | str | Decimal | Quantity):
-        raise ValueError(f'{value!r} is not a quantity: write a whole number, "100B", "500 steps" or "10%"')
+        raise ValueError(f"{value!r} is not a quantity: {said}")
     if isinstance(value, Quantity):
-        return value
+        return value.amount, value.unit
     if isinstance(value, int | Decimal):
         if value < 0:
             raise ValueError(f"{value} is negative")
-        return Quantity(Decimal(value), default_unit)
+        return Decimal(value), None
     if share := _SHARE.match(value):
-        return Quantity(Decimal(share.group(1)) / 100, "share")
+        return Decimal(share.group(1)) / 100, "share"
     match = _COUNT.match(value)
     if not match:
-        raise ValueError(f'{value!r} is not a quantity: write a whole number, "100B", "500 steps" or "10%"')
+        raise ValueError(f"{value!r} is not a quantity: {said}")
     amount = Decimal(match.group(1).replace("_", "")) * _SUFFIX[match.group(2).upper()]
     unit = match.group(3)
     if unit is None:
-        return Quantity(amount, default_unit)
+        return amount, None
     named: dict[str, Unit] = {"t": "tokens", "st": "steps", "sa": "samples"}
-    return Quantity(amount, named["t" if unit[0] in "tT" else unit[:2].lower()])
+    return amount, named["t" if unit[0] in "tT" else unit[:2].lower()]
 
 
 def format_count(number: int | Decimal | float) -> str:

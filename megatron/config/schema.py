@@ -7,6 +7,7 @@ program are handed their own section, never the whole config.
 from __future__ import annotations
 
 from decimal import Decimal
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -15,7 +16,7 @@ from megatron.config.evaluation_section import EvaluationSection as EvaluationSe
 from megatron.config.evaluation_section import check_evaluation
 from megatron.config.health_section import HealthSection as HealthSection
 from megatron.config.model_section import ModelSection as ModelSection
-from megatron.config.quantities import parse_count, parse_quantity
+from megatron.config.quantities import Unit, WrongUnitError, parse_count, parse_quantity
 from megatron.config.section import Section
 from megatron.config.spikes_section import SpikesSection as SpikesSection
 from megatron.config.spikes_section import check_spikes
@@ -28,7 +29,21 @@ def _quantity_words(value: Any) -> Any:
     return value
 
 
+def _length_in(of: Unit) -> BeforeValidator:
+    """Of a stage's length in one unit; a length in another has a key of its own."""
+
+    def read(value: Any) -> int:
+        try:
+            return parse_count(value, of)
+        except WrongUnitError as error:
+            other = error.quantity
+            raise ValueError(f"{error}, or say {other.unit} = {other.amount.normalize():f} instead") from None
+
+    return BeforeValidator(read)
+
+
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Tokens = Annotated[int, BeforeValidator(partial(parse_count, of="tokens")), Field(ge=0)]
 Words = Annotated[int | str, BeforeValidator(_quantity_words)]
 Weight = Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]
 Mixture = dict[str, Weight]
@@ -56,7 +71,7 @@ class SourceSection(Section):
 
     group: str | None = Field(None, description="for example code or text; default: the source's own name")
     data: list[str] = Field(default_factory=list, description="prefixes of .bin/.idx, in order")
-    tokens: Count | None = Field(None, description='planning without data: "503B"')
+    tokens: Tokens | None = Field(None, description='planning without data: "503B"')
     documents: Count | None = Field(None, description="planning without data, for padded stages: how many it has")
     max_epochs: Annotated[Decimal, Field(gt=0)] = Field(Decimal(1), description="repetition cap over the whole run")
     dry: Literal["error", "repeat", "renormalise"] = Field("error", description="what happens at the cap")
@@ -103,7 +118,7 @@ class TrainSection(Section):
         0.0, ge=0, description="adds this x log(sum of exp(logits))^2 to what is minimised; reported losses lack it"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all words")
-    tokens: Count | None = Field(None, description="length of the whole run, for stages given as a share")
+    tokens: Tokens | None = Field(None, description="length of the whole run, for stages given as a share")
     max_non_finite: int = Field(10, ge=1, description="steps in a row without an update before the run stops")
 
 
@@ -199,13 +214,13 @@ class StageSection(Section):
     """A training stage: how long, of what, at which learning rate. Exactly one length is given."""
 
     name: str = Field(min_length=1)
-    tokens: Count | None = None
-    steps: Count | None = None
-    samples: Count | None = None
+    tokens: Annotated[int, _length_in("tokens"), Field(ge=0)] | None = None
+    steps: Annotated[int, _length_in("steps"), Field(ge=0)] | None = None
+    samples: Annotated[int, _length_in("samples"), Field(ge=0)] | None = None
     share: Annotated[Decimal, Field(gt=0, le=1)] | None = Field(None, description="of train.tokens")
     epochs: EpochsSection | None = None
     mixture: Mixture | None = Field(None, description="weights of groups or sources; normalised, and said so")
-    mixture_tokens: dict[str, Count] | None = Field(None, description="absolute tokens instead of weights")
+    mixture_tokens: dict[str, Tokens] | None = Field(None, description="absolute tokens instead of weights")
     mixture_epochs: dict[str, Weight] | None = Field(None, description="epochs of each source instead of weights")
     adjust: Mixture | None = Field(
         None, description="the mixture before it with these shares set, the others in proportion, instead of mixture"

@@ -22,6 +22,8 @@ from megatron.data.mixture_words import MixtureWords
 INSTRUCTION = "instruction"
 PLANNED, NO_MASK = "planned", "none"
 """In place of a checksum: of a source without data, and of one of a begun stage whose files have lost their masks."""
+OF_LOSS_TOKENS = "of loss tokens"
+"""In the note on what shares of loss tokens come to in samples."""
 _BY_WEIGHT = ("mixture", "phases", "blend")
 
 
@@ -161,6 +163,7 @@ class ObjectiveWords:
         if self._section.objective != INSTRUCTION:
             return StageObjective()
         masks = {name: self._mask(name) for name in sources if name not in self._whole}
+        self._note_without_weight(sources)
         for name in masks:
             if name in fim:
                 raise ConfigError(
@@ -177,6 +180,11 @@ class ObjectiveWords:
         self._notes.append(self._note(made))
         return made
 
+    def _note_without_weight(self, sources: Sequence[str]) -> None:
+        for name in self._section.whole_loss:
+            if not set(self._names.members(name, "whole_loss")) & set(sources):
+                self._notes.append(f"whole_loss names {name!r}, which has no weight in the stage: it changes nothing")
+
     def count(self, name: str) -> int:
         """Targets of an epoch of a source that count. Raises ConfigError where there are tokens and none counts."""
         if self._frozen is not None and name in self._frozen.loss_tokens:
@@ -188,10 +196,24 @@ class ObjectiveWords:
         count = source.loss_tokens(masked, self._rule)
         if not count:
             raise ConfigError(
-                f"{self._where}: source {name!r}: the loss is on none of the {size:,} tokens that are trained on: look "
-                f"at it with inspect_data --documents {name} --loss, leave it out, or name it in whole_loss"
+                f"{self._where}: source {name!r}: the loss is on none of the {size:,} "
+                f"{'tokens' if self._rule is None else 'places of samples'} that are trained on"
+                f"{self._lost_by_length(source, masked)}: look at it with inspect_data --documents {name} --loss, "
+                "leave it out, or name it in whole_loss"
             )
         return count
+
+    def _lost_by_length(self, source: LearnedSource, masked: bool) -> str:
+        """What a padded stage does with long documents, where that is why none of their targets is left."""
+        rule = self._rule
+        if rule is None or not (whole := source.loss_tokens(masked, None)):
+            return ""
+        done, another = ("left out", "truncate") if rule.too_long == "drop" else ("cut off", "drop")
+        return (
+            f", since the {whole:,} that its mask marks lie in documents of more than {rule.seq_length:,} tokens, and "
+            f"are {done} (too_long = {rule.too_long!r}): set the stage's seq_length above {rule.seq_length:,}, or "
+            f"too_long = {another!r}; or"
+        )
 
     def _in_samples(self, weights: Weights) -> dict[str, Fraction]:
         """A sample of every source has as many places, so that its loss tokens are as their density."""
@@ -284,7 +306,7 @@ def _in_words(members: Mapping[str, Sequence[str]], loss: Weights, samples: Weig
     ]
     names = [name for name in members if sums[0][name]]
     asked, given = ratio_words([sums[0][name] for name in names]), [_share_words(sums[1][name]) for name in names]
-    return f"{':'.join(names)} = {asked} of loss tokens = {':'.join(given)} of samples"
+    return f"{':'.join(names)} = {asked} {OF_LOSS_TOKENS} = {':'.join(given)} of samples"
 
 
 def _share_words(share: Fraction) -> str:

@@ -79,6 +79,12 @@ def held_out_texts(config: RunConfig, tokenizer: Tokenizer) -> dict[str, list[st
     return {name: [tokenizer.decode(row) for row in rows] for name, rows in held_out_tokens(config, tokenizer).items()}
 
 
+def first_texts(source: OpenSource, tokenizer: Tokenizer) -> Iterator[str]:
+    """What `held_out_texts` has of one opened source, document by document; the source's own fraction is held out."""
+    for row in _documents(source, tokenizer.eod_id, DOCUMENTS_A_SOURCE, TOKENS_A_DOCUMENT, None):
+        yield tokenizer.decode(row.tokens[: _text_length(row.tokens, tokenizer.eod_id)].tolist())
+
+
 def _documents(
     source: OpenSource, eod_id: int, documents: int, longest: int, tokens: int | None
 ) -> Iterator[HeldOutDocument]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.config.errors import DataError
@@ -20,6 +20,7 @@ from megatron.config.errors import DataError
 CHOICES = 4
 CONTEXT_CHARACTERS = (200, 300)
 CONTINUATION_CHARACTERS = (80, 120)
+SHORTEST_DOCUMENT = CONTEXT_CHARACTERS[0] + 2 * CONTINUATION_CHARACTERS[1]
 _ATTEMPTS_A_QUESTION = 60
 _LEAST_LETTERS = 0.45
 
@@ -50,14 +51,12 @@ def make_questions(source: str, texts: Sequence[str], count: int, seed: int = 0)
     third of the questions can be made.
     """
     generator = random.Random(int.from_bytes(hashlib.blake2b(f"{seed}/{source}".encode()).digest()[:8], "little"))
-    shortest = CONTEXT_CHARACTERS[0] + 2 * CONTINUATION_CHARACTERS[1]
-    usable = [number for number, text in enumerate(texts) if len(text) >= shortest]
-    if len(usable) < CHOICES:
+    if why := too_few(texts):
         raise DataError(
-            f"source {source}: {len(usable)} held-out documents of at least {shortest} characters, and questions need "
-            f"{CHOICES}: give the source more documents, or raise validation.fraction before training (never after: "
-            "what is held out then has been trained on)"
+            f"source {source}: {why}: give the source more documents, or raise validation.fraction before training "
+            "(never after: what is held out then has been trained on)"
         )
+    usable = [number for number, text in enumerate(texts) if len(text) >= SHORTEST_DOCUMENT]
     questions: list[Question] = []
     seen: set[str] = set()
     for _ in range(count * _ATTEMPTS_A_QUESTION):
@@ -72,6 +71,21 @@ def make_questions(source: str, texts: Sequence[str], count: int, seed: int = 0)
             "documents: ask for fewer questions, or raise validation.fraction before training"
         )
     return questions
+
+
+def too_few(texts: Iterable[str]) -> str:
+    """Why no question can be made from these held-out documents, in words; "" where enough of them are long enough. No
+    more of them are looked at than it takes."""
+    usable = total = 0
+    for text in texts:
+        total += 1
+        usable += len(text) >= SHORTEST_DOCUMENT
+        if usable == CHOICES:
+            return ""
+    return (
+        f"{usable} held-out documents of at least {SHORTEST_DOCUMENT} characters, among {total}, and questions need "
+        f"{CHOICES}"
+    )
 
 
 def _attempt(texts: Sequence[str], usable: Sequence[int], generator: random.Random, seen: set[str]) -> Question | None:

@@ -157,6 +157,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     lines = []
     if missing := record.get("missing"):
         lines.append(f"NOT RUN, for want of data: {', '.join(missing)}. The suite {record['suite']} is not complete.")
+    for why in record.get("left_out", {}).values():
+        lines.append(f"NOT ASKED ABOUT: {why}")
     if limit := record.get("limit"):
         lines.append(f"At most {limit} items of each task (--limit): no figures to report.")
     for task, known in record.get("tasks", {}).items():

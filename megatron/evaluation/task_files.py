@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.config.errors import DataError
 from megatron.evaluation.multiple_choice import CHOICES, Question, make_questions
 
 CHANCE = 1 / CHOICES
@@ -35,15 +36,31 @@ class HeldOutTask:
 
 
 def write_held_out_tasks(
-    folder: Path, texts: Mapping[str, Sequence[str]], questions: int, passage_characters: int, seed: int = 0
+    folder: Path,
+    texts: Mapping[str, Sequence[str]],
+    questions: int,
+    passage_characters: int,
+    seed: int = 0,
+    left_out: dict[str, str] | None = None,
 ) -> list[HeldOutTask]:
-    """Writes the tasks of every source into `folder` and names them. Raises DataError (too few documents)."""
+    """Writes the tasks of every source into `folder` and names them.
+
+    left_out: receives the sources that cannot be asked about, each with why: too few documents, or too short ones.
+    Raises DataError for such a source where that is None, and where no source is left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tasks: list[HeldOutTask] = []
     names: set[str] = set()
+    refused: dict[str, str] = {}
     for source, documents in sorted(texts.items()):
+        try:
+            made = make_questions(source, documents, questions, seed)
+        except DataError as error:
+            if left_out is None:
+                raise
+            refused[source] = str(error)
+            continue
         name = _task_name(source, names)
-        made = make_questions(source, documents, questions, seed)
         rows = [_question_row(question) for question in made]
         _write_task(folder, name, rows, _choice_yaml())
         tasks.append(HeldOutTask(name, source, "multiple choice", len(rows), CHANCE, 0))
@@ -51,6 +68,10 @@ def write_held_out_tasks(
         _write_task(folder, f"{name}_loss", [{"text": text} for text in passages], _loss_yaml())
         size = sum(map(len, passages))
         tasks.append(HeldOutTask(f"{name}_loss", source, "held-out loss", len(passages), None, size))
+    if refused and not tasks:
+        raise DataError("nothing can be asked of held-out documents: " + "; ".join(refused.values()))
+    if left_out is not None:
+        left_out.update(refused)
     return tasks
 
 

@@ -88,14 +88,19 @@ class ChildProcess:
 
     def last_lines(self, count: int = 8) -> list[str]:
         """Of what it has said since it was started; of a progress bar its last state alone."""
-        try:
-            with open(self.log, "rb") as file:
-                file.seek(max(self.begin, file.seek(0, os.SEEK_END) - 16_384))
-                text = file.read().decode("utf-8", "replace")
-        except OSError:
-            return []
-        lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
-        return [line for line in lines if line][-count:]
+        return last_lines(self.log, count, self.begin)
+
+
+def last_lines(log: Path, count: int = 8, begin: int = 0) -> list[str]:
+    """The last lines of a log from a place on, but blank ones; of a progress bar its last state alone."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(begin, file.seek(0, os.SEEK_END) - 16_384))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
+    return [line for line in lines if line][-count:]
 
 
 def accelerators() -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from megatron.data.ledger import Ledger, ledger_rows
+from megatron.data.ledger import Ledger, StageRecord, ledger_rows
+from megatron.data.stage_objective import StageObjective
+
+Value = TypeVar("Value")
 
 _NONE: dict[str, Any] = {"samples": 0, "tokens": 0, "epochs": 0.0}
 
@@ -31,6 +35,93 @@ def totals_by_source(ledger: Ledger) -> dict[str, tuple[int, int]]:
                 samples, tokens = totals.get(name, (0, 0))
                 totals[name] = samples + use.samples, tokens + use.tokens
     return totals
+
+
+def beyond_order(one: Ledger, other: Ledger) -> list[str]:
+    """What differs between two ledgers besides how many samples each source gave, and in which order: a pair of which
+    something is named here is no test of order, whatever its totals are. Stages may be cut in other places, and one may
+    go on where the other ends."""
+    plain: dict[str, Callable[[Ledger], object]] = {
+        "seed": lambda ledger: ledger.seed,
+        "tokenizer": lambda ledger: ledger.tokenizer,
+        "held-out documents": lambda ledger: ledger.validation,
+    }
+    by_source: dict[str, Callable[[StageRecord, str], str]] = {
+        "what the loss is on": _learned,
+        "packing": lambda stage, name: stage.packing,
+        "fill-in-the-middle": lambda stage, name: "/".join(stage.fim.get(name, ())),
+    }
+    found = [what for what, of in plain.items() if of(one) != of(other)]
+    found += [what for what, of in by_source.items() if _used_otherwise(one, other, of)]
+    if _shapes_differ(_shapes(one), _shapes(other)):
+        found.append("sequence lengths or batches")
+    laws = [merged(stage.lr for stage in ledger.stages if stage.samples) for ledger in (one, other)]
+    return found + (["learning rate"] if laws[0] != laws[1] else [])
+
+
+def merged(values: Iterable[Value]) -> list[Value]:
+    """Values in their order, a run of equal ones once: what it is, wherever it is cut into stages."""
+    found: list[Value] = []
+    for value in values:
+        if not found or found[-1] != value:
+            found.append(value)
+    return found
+
+
+def _used_otherwise(one: Ledger, other: Ledger, of: Callable[[StageRecord, str], str]) -> bool:
+    """Whether stages do something else with samples: with those of a source that both took of, or of any. Of as many
+    samples of each source also where it is done with more of them."""
+    mine, theirs = _by_source(one, of), _by_source(other, of)
+    if totals_by_source(one) == totals_by_source(other):
+        return mine != theirs
+    kinds = [{way.partition(" ")[0] for uses in by.values() for way in uses} for by in (mine, theirs)]
+    return kinds[0] != kinds[1] or any({*mine[name]} != {*theirs[name]} for name in {*mine} & {*theirs})
+
+
+def _by_source(ledger: Ledger, of: Callable[[StageRecord, str], str]) -> dict[str, dict[str, int]]:
+    """Samples of each source by what a stage does with them."""
+    found: dict[str, dict[str, int]] = {}
+    for stage in ledger.stages:
+        for name, use in stage.use.items():
+            if use.samples:
+                uses, way = found.setdefault(name, {}), of(stage, name)
+                uses[way] = uses.get(way, 0) + use.samples
+    return found
+
+
+def _learned(stage: StageRecord, name: str) -> str:
+    """What the loss is on of a source's samples."""
+    objective = StageObjective.from_json(stage.objective)
+    return f"mask {objective.masks[name]}" if name in objective.masks else "all"
+
+
+def _shapes(ledger: Ledger) -> list[tuple[int, int, int]]:
+    """(sequence length, batch, samples) of what was consumed, in its order."""
+    found: list[tuple[int, int, int]] = []
+    for stage in ledger.stages:
+        steps = stage.stage_shapes.steps
+        for step, end in zip(steps, [*(later.start for later in steps[1:]), stage.samples], strict=True):
+            count = min(end, stage.samples) - step.start
+            shape = step.seq_length, step.global_batch_size
+            if count > 0 and found and found[-1][:2] == shape:
+                found[-1] = (*shape, found[-1][2] + count)
+            elif count > 0:
+                found.append((*shape, count))
+    return found
+
+
+def _shapes_differ(one: list[tuple[int, int, int]], other: list[tuple[int, int, int]]) -> bool:
+    """Whether samples that both consumed were of other lengths, or in other batches; or those of one alone."""
+    common = min(sum(count for _, _, count in shapes) for shapes in (one, other))
+    heads = []
+    for shapes in (one, other):
+        head, left = [], common
+        for length, batch, count in shapes:
+            if left > 0:
+                head.append((length, batch, min(count, left)))
+            left -= count
+        heads.append(head)
+    return heads[0] != heads[1] or {shape[:2] for shape in one} != {shape[:2] for shape in other}
 
 
 def repeated_tokens(ledger: Ledger) -> dict[str, int]:

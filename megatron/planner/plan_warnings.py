@@ -64,15 +64,20 @@ def _repeated(plan: Mapping[str, Any]) -> Iterator[Warned]:
                 "gravity": "high",
                 "kind": "repetition",
                 "source": row["source"],
-                "text": f"{row['source']} is trained on for {most:.2f} epochs, above {MUCH_REPEATED} from token "
+                "text": f"{row['source']} is trained on for {_epochs(most)} epochs, above {MUCH_REPEATED} from token "
                 f"{format_count(mark['token'])} (step {mark['step']:,}, stage {mark['stage']!r}) on: there repeated "
                 "tokens are worth much less than new ones (arXiv 2305.16264)",
             }
         elif marks:
-            few.append(f"{row['source']} {most:.2f}")
+            few.append(f"{row['source']} for {_epochs(most)} epochs")
     if few:
-        text = f"repeated, at most {MUCH_REPEATED} epochs: {', '.join(few)} epochs in all"
+        text = f"trained on more than once by the run's end: {', '.join(few)}"
         yield {"gravity": "low", "kind": "repetition", "text": text}
+
+
+def _epochs(number: float) -> str:
+    """With as many digits as it takes to be no whole number where it is none: a batch more than an epoch is 1.003."""
+    return next((words for words in (f"{number:.2f}", f"{number:.4f}") if not words.endswith("00")), f"{number:.7g}")
 
 
 def _mixed(plan: Mapping[str, Any]) -> Iterator[Warned]:

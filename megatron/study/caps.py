@@ -24,13 +24,13 @@ class Capped:
     shares: Mapping[str, Decimal]
     bound: Mapping[str, tuple[Fraction, Fraction]]
 
-    def words(self, epochs: Decimal, tokens: int) -> str:
-        """What was done, for people."""
+    def words(self, epochs: Decimal, tokens: int, of: str = "") -> str:
+        """What was done, for people. of: what the shares are of, where that has to be said."""
         head = f"cap of {epochs.normalize():f} epochs over {format_count(tokens)} tokens"
         if not self.bound:
             return f"{head}: no source is above it"
         each = ", ".join(
-            f"{name} {_percent(asked)} -> {_percent(limit)}" for name, (asked, limit) in sorted(self.bound.items())
+            f"{name} {_percent(asked)} -> {_percent(limit)}{of}" for name, (asked, limit) in sorted(self.bound.items())
         )
         return f"{head}: {each}; the others in proportion"
 
@@ -42,7 +42,7 @@ def capped(
 
     Args:
         weights: by source, not normalised.
-        sizes: N, tokens of one epoch of each source.
+        sizes: N, tokens of one epoch of each source; of a padded stage, the places of its samples.
         epochs: k. tokens: R.
 
     Raises ConfigError where all sources together hold less than R tokens in k epochs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,10 +26,11 @@ Tasks = dict[Task, tuple[Task, ...]]
 """Each with the tasks that must be done before it."""
 
 
-def due_tasks(planned: PlannedStudy, evaluation: bool) -> Tasks:
+def due_tasks(planned: PlannedStudy, evaluation: bool, say: Callable[[str], None] = lambda words: None) -> Tasks:
     """Everything that is still to be done so that all arms are trained and, with `evaluation`, evaluated as the study
     says. Nothing that has a whole checkpoint at its end is trained again, and what lies before it is not asked for,
-    whether it is still there or not. Nodes come before what goes on from them."""
+    whether it is still there or not. Nodes come before what goes on from them. say: hears what of [results] cannot be
+    measured, and why."""
     graph = planned.graph
     trained = {name: trained_checkpoint(planned, name) is not None for name in graph.nodes}
     wanted: set[str] = set()
@@ -46,6 +47,8 @@ def due_tasks(planned: PlannedStudy, evaluation: bool) -> Tasks:
             before = (parent for parent in node.parents if parent in wanted)
             tasks[Task(kind, name)] = tuple(making(planned, parent) for parent in before)
     questions = Questions(planned) if evaluation else None  # what cannot be asked is said before anything is trained
+    for note in questions.notes if questions is not None else ():
+        say(f"note: {note}")
     for name in asked_nodes(planned) if evaluation else ():
         there = trained[name] and is_evaluated(planned, name) and evaluation_is_current(planned, name, questions)
         if (trained[name] or name in wanted) and not there:

@@ -136,7 +136,7 @@ def graph_of(
 
     Raises ConfigError for an average of one and the same node.
     """
-    builder = _Builder()
+    builder = _Builder({name: arm.place for name, arm in {**(others or {}), **arms}.items()})
     placed = []
     for seed in seeds:
         for arm in arms.values():
@@ -151,7 +151,7 @@ def graph_of(
 
 def _averaged(arms: Mapping[str, ResolvedArm], seeds: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """By id of a training node, the steps whose checkpoints averages need besides its last."""
-    builder, found = _Builder(), dict[str, set[int]]()
+    builder, found = _Builder({name: arm.place for name, arm in arms.items()}), dict[str, set[int]]()
     for seed in seeds:
         for arm in arms.values():
             for step in arm.steps:
@@ -161,7 +161,10 @@ def _averaged(arms: Mapping[str, ResolvedArm], seeds: Sequence[int]) -> dict[str
 
 
 class _Builder:
-    def __init__(self) -> None:
+    """places: of arms, for messages."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places = places
         self.nodes: dict[str, Node] = {}
         self.known: dict[tuple[int, int], Node] = {}
 
@@ -173,7 +176,7 @@ class _Builder:
             above = [self.node(member, seed).id for member in step.members]
             if len(set(above)) == 1 and not step.last:
                 raise ConfigError(
-                    f"arm {step.arm!r}: stage {step.label!r} averages "
+                    f"{self._places[step.arm]}: arm {step.arm!r}: stage {step.label!r} averages "
                     f"{', '.join(f'{member.arm}/{member.label}' for member in step.members)}, which are one and the "
                     "same node, so there is nothing to average: name stages that differ, or use last = N"
                 )

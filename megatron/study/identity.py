@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import ConfigError
-from megatron.config.model_shape import ModelShape, resolve_model
+from megatron.config.model_shape import ModelShape, resolve_model, unlike_fields
 from megatron.config.schema import OptimizerSection, RunConfig
 from megatron.data.document_stream import packing_words
 from megatron.data.ledger import ALGORITHM
@@ -111,6 +111,17 @@ def model_document(config: RunConfig, longest: int) -> Document:
         free |= {"vocab_size", "padded_vocab_size"}
         document["vocabulary"] = f"of {config.tokenizer.path}"
     return {key: value for key, value in document.items() if key not in free}
+
+
+def unlike_models(first: TrainStep, other: TrainStep) -> list[str]:
+    """What keeps the weights of two steps from being averaged, with both values; empty where nothing does."""
+    one, two = (shape_of(step.config, longest_sequence(step)) for step in (first, other))
+    found = [f"model.{words}" for words in unlike_fields(one, two)]
+    said = [
+        ("the tokenizer", tokenizer_word(first.config.tokenizer.path), tokenizer_word(other.config.tokenizer.path)),
+        ("validation.fraction", first.config.validation.fraction, other.config.validation.fraction),
+    ]
+    return found + [f"{what} is {now}, not {then}" for what, then, now in said if then != now]
 
 
 def shape_of(config: RunConfig, longest: int) -> ModelShape:

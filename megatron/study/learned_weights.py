@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -153,9 +154,10 @@ def _of_object(item: Any, place: str, where: str) -> tuple[str, Decimal, str]:
 def _of_table(text: str, row: int | None, where: str) -> tuple[Rows, str]:
     said = (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
     first = next(said, "")
-    delimiter = max(",;\t", key=first.count)
+    # commas beside one of the others are decimal ones
+    delimiter = next((one for one in "\t;" if one in first), ",")
     lines = [
-        (number, [cell.strip() for cell in cells])
+        (number, [_pointed(cell.strip()) if delimiter == ";" else cell.strip() for cell in cells])
         for number, cells in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1)
         if any(cell.strip() for cell in cells) and not cells[0].lstrip().startswith("#")
     ]
@@ -197,6 +199,11 @@ def _cells(number: int, cells: list[str], source: int, weight: int, where: str) 
     if len(cells) <= max(source, weight):
         raise ConfigError(f"{where}: {place}: has {len(cells)} values: a source and its weight are needed")
     return cells[source], _number(cells[weight], place, where), place
+
+
+def _pointed(cell: str) -> str:
+    """ "0,5", as programs write it that put semicolons between cells, with a point."""
+    return cell.replace(",", ".") if re.fullmatch(r"-?\d+,\d+(e-?\d+)?", cell, re.IGNORECASE) else cell
 
 
 def _column(header: list[str], names: Iterable[str]) -> int | None:

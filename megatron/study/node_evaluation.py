@@ -84,7 +84,7 @@ def evaluation_is_current(planned: PlannedStudy, name: str, questions: Questions
     if one is None or (found := _kept(node_folder(planned, name).results)) is None:
         return False
     duel = _duel_of(planned, questions, name)
-    if duel is not None and not Evaluated(node_folder(planned, name)).holds(duel):
+    if found.failed or (duel is not None and not Evaluated(node_folder(planned, name)).holds(duel)):
         return False
     return found == _summary(planned, questions, one)
 
@@ -245,7 +245,7 @@ class _Evaluation:
             for one in nodes:
                 if (stamp := Evaluated(node_folder(self._planned, one.name)).stamp()) != seen.get(one.name):
                     seen[one.name] = stamp
-                    self._summarise(one)
+                    self._summarise(one, partial=False)
 
     def _left(self, asked: Sequence[tuple[Ready, Request]], code: int) -> list[tuple[Ready, Request]]:
         """What was not tried where the process was killed: all behind the node that it was killed over, on whose record
@@ -260,20 +260,23 @@ class _Evaluation:
                     return list(asked[place + 1 :])
         return []
 
-    def _summarise(self, one: Ready) -> None:
-        """results.json, where everything that is asked is there."""
+    def _summarise(self, one: Ready, partial: bool = True) -> None:
+        """results.json; partial: also where something that is asked is not there, which it then names."""
         path = node_folder(self._planned, one.name).results
-        found = _summary(self._planned, self._questions, one)
+        found = _summary(self._planned, self._questions, one, partial)
         if found is not None and _kept(path) != found:
             write_results(path, found)
-            self._say(f"{title(self._planned.graph, one.name)}: {path}")
+            lost = f", without {', '.join(found.failed)}, which failed" if found.failed else ""
+            self._say(f"{title(self._planned.graph, one.name)}: {path}{lost}")
 
 
-def _summary(planned: PlannedStudy, questions: Questions, one: Ready) -> NodeResults | None:
-    """What is to stand in results.json; None where a part is not done. Of a duel that is not judged yet nothing."""
+def _summary(planned: PlannedStudy, questions: Questions, one: Ready, partial: bool = True) -> NodeResults | None:
+    """What is to stand in results.json: what is done, and why the rest is not. None where nothing was measured, and,
+    but for `partial`, where a part is not done. Of a duel that is not judged yet nothing."""
     folder = node_folder(planned, one.name)
     done = Evaluated(folder)
-    if not all(done.holds(part) for part in one.parts):
+    held = [part for part in one.parts if done.holds(part)]
+    if len(held) < len(one.parts) and not (partial and any(part.kind != "export" for part in held)):
         return None
     found = summary_of(planned, questions, one.name, one.checkpoint, one.weights, one.parts)
     duel = _duel_of(planned, questions, one.name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ EXPORT, SAMPLES, ANSWERS, WIN_RATE = "export", "samples", "answers", "win-rate"
 REQUEST, DUEL = "evaluation-request.json", "win-rate-request.json"
 """In a node's folder: what was asked of the last process; `stagemix evaluate_node FILE` does it again by hand. What it
 said lies beside it, in a file that ends with .log instead of -request.json."""
+EVALUATION_LOG = "evaluation.log"
 Kind = Literal["export", "loss", "suite", "generate", "judge"]
 
 
@@ -100,11 +102,13 @@ class Evaluated:
     def done(self, part: Part, seconds: float) -> None:
         """Puts it on record. OSError."""
         seal = _seal(self.folder / part.file)
-        self._put(part.name, {"key": part.key, "file": part.file, "sha256": seal, "seconds": round(seconds, 3)})
+        self._put(
+            part.name, {"key": part.key, "file": part.file, "sha256": seal, "seconds": round(seconds, 3), **_now()}
+        )
 
     def failed(self, part: Part, code: int, reason: str) -> None:
         """Puts on record why it is not done. OSError."""
-        self._put(part.name, {"code": code, "reason": reason})
+        self._put(part.name, {"code": code, "reason": reason, **_now()})
 
     def forget(self, part: Part) -> None:
         """Before its file is replaced. OSError."""
@@ -116,6 +120,15 @@ class Evaluated:
         row = self._parts.get(part.name, {})
         return str(row["reason"]) if "reason" in row else ""
 
+    def failures_since(self, since: float) -> dict[str, tuple[int, str]]:
+        """(exit code, reason) of the parts that failed from then on, in unix seconds, by part, in order."""
+        rows = {name: row for name, row in self._parts.items() if "reason" in row and row.get("time", 0.0) >= since}
+        return {name: (int(row["code"]), str(row["reason"])) for name, row in rows.items()}
+
+    def seconds_since(self, since: float) -> float:
+        """Seconds that the parts took which were done from then on."""
+        return sum(float(row.get("seconds", 0)) for row in self._parts.values() if row.get("time", 0.0) >= since)
+
     def seal(self, part: Part) -> str:
         """SHA-256 of the part's file as it was written."""
         return str(self._parts[part.name]["sha256"])
@@ -126,6 +139,10 @@ class Evaluated:
 
     def _write(self) -> None:
         write_whole(self.path, (json.dumps({"format": FORMAT, "parts": self._parts}, indent=1) + "\n").encode())
+
+
+def _now() -> dict[str, float]:
+    return {"time": round(time.time(), 3)}
 
 
 def _seal(path: Path) -> str:

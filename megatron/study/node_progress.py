@@ -10,6 +10,7 @@ from megatron.metrics.row_tail import pace_of, read_tail
 from megatron.study.node_config import node_folder
 from megatron.study.plan import PlannedStudy
 from megatron.study.steps import TrainStep
+from megatron.study.verification import skipped_updates
 
 _BYTES = 64 * 2**10
 _EVERY_SECONDS = 1.0
@@ -19,6 +20,7 @@ class NodeProgress:
     """step, steps: of the node's own stage · tokens, of total: trained of its own · done: all of them are."""
 
     def __init__(self, planned: PlannedStudy, name: str) -> None:
+        self._planned, self._name = planned, name
         step = planned.graph.nodes[name].step
         assert isinstance(step, TrainStep)
         self._stage = step.stage
@@ -68,7 +70,9 @@ class NodeProgress:
     def words(self) -> str:
         """What it came to, to be added to a line."""
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        return f": {format_count(self.total)} tokens{loss}"
+        skipped, steps = skipped_updates(self._planned, self._name)
+        lost = f", {skipped:,} of {steps:,} steps without an update" if skipped else ""
+        return f": {format_count(self.total)} tokens{loss}{lost}"
 
     def _at(self, step: int, tokens: int) -> None:
         stage = self._stage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.sources import OpenSource
 from megatron.evaluation.suite import Suite, read_suite
 from megatron.evaluation.suite_data import find_file, missing_words
+from megatron.study.held_out_questions import unaskable_sources, without_held_out
 from megatron.study.node_parts import ANSWERS, EXPORT, SAMPLES, WIN_RATE, Part, content_of, key_of
 from megatron.study.node_results import LOSS
 from megatron.study.plan import PlannedStudy
@@ -55,7 +57,8 @@ class Questions:
             key = key_of(version=_VERSIONS[LOSS], weights=weights, asked=self._loss, groups=self.groups, **beside)
             parts.append(Part(LOSS, "loss", key, f"evaluation-{LOSS}.json", (), settings))
         for suite, content in zip(section.suites, self._suites, strict=True):
-            asked = suite.model_dump(mode="json", exclude={"jobs", "data", "include_path", "suite"})
+            aside = {"jobs", "data", "include_path", "suite", *(() if suite.sources else ("sources",))}
+            asked = suite.model_dump(mode="json", exclude=aside)
             key = key_of(version=_VERSIONS["suite"], export=export, asked=asked, content=content, **beside)
             file = f"evaluation-{suite.name}.json"
             parts.append(Part(suite.name, "suite", key, file, self._suite_words(suite, called)))
@@ -122,6 +125,8 @@ class Questions:
                 )
         self._check_held_out("loss", "loss = false")
         chosen = asked.sources or sorted(with_data)
+        if not self._hold_out(chosen):
+            return None
         contents = {title: _identity(with_data[title]) for title in chosen}
         lengths = {step.config.model.seq_length for step in _steps_of(self.planned)}
         tokenizers = {str(step.run.ledger.tokenizer) for step in _steps_of(self.planned)}
@@ -133,6 +138,45 @@ class Questions:
             "seq_length": min(lengths),
             "tokenizers": sorted(tokenizers),
         }
+
+    def _hold_out(self, chosen: Sequence[str]) -> bool:
+        """Whether some of the sources that losses are asked of hold documents out; a note names those that do not."""
+        empty = without_held_out({title: self.sources[title] for title in chosen})
+        if not empty:
+            return True
+        names, remedy = ", ".join(empty), "raise validation.fraction before training"
+        if len(empty) < len(chosen):
+            self.notes.append(f"losses by source are not measured of {names}: no document of it is held out: {remedy}")
+            return True
+        if "loss" in self.section.model_fields_set:
+            raise DataError(
+                f"{self._place()}: results.loss: no document of {names} is held out: {remedy}, or say loss = false"
+            )
+        self.notes.append(f"losses by source are not measured: no document of {names} is held out: {remedy}")
+        return False
+
+    @cached_property
+    def _unaskable(self) -> dict[str, str]:
+        """Sources that heldout cannot ask about, each with why."""
+        return unaskable_sources(self.sources, str(_steps_of(self.planned)[0].config.tokenizer.path))
+
+    def _asked_sources(self, suite: SuiteSection, place: str) -> Sequence[str]:
+        """The sources that a suite heldout is about; a note names those of them that it has to leave out."""
+        for title in suite.sources:
+            if title not in self.sources:
+                known = nearest(title, self.sources)
+                raise ConfigError(f"{place}: sources: {title!r} is no source of the study: {known}")
+        chosen = suite.sources or list(self.sources)
+        left_out = {title: why for title, why in self._unaskable.items() if title in chosen}
+        words = [f"{title}: {why}" for title, why in left_out.items()]
+        if left_out and (suite.sources or len(left_out) == len(chosen)):
+            raise DataError(
+                f"{place}: cannot be asked about {'; '.join(words)}. Raise validation.fraction before training (never "
+                "after: what is held out then has been trained on), give the source more documents, or leave "
+                + ("it out of sources" if suite.sources else "the suite out")
+            )
+        self.notes += [f"suite {suite.name} leaves out source {one}" for one in words]
+        return chosen
 
     def _check_held_out(self, what: str, remedy: str) -> None:
         if not self._fractions[0]:
@@ -157,7 +201,7 @@ class Questions:
                     f"{place}: arms hold out different fractions of documents ({words}), so that they cannot be asked "
                     "about the same: give all the same validation.fraction, or leave the suite out"
                 )
-            contents = {title: _identity(source) for title, source in self.sources.items()}
+            contents = {title: _identity(self.sources[title]) for title in self._asked_sources(suite, place)}
             return key_of(sources=contents, fraction=self._fractions[0])
         if suite.of == HARNESS:
             if suite.include_path is None:
@@ -211,6 +255,7 @@ class Questions:
         words += [f"--seed={suite.seed}"]
         if suite.of != HARNESS:
             words.append(f"--suite={self._suite_name(suite)}")
+        words += [f"--source={title}" for title in suite.sources]
         if suite.tasks:
             words.append(f"--tasks={','.join(suite.tasks)}")
         if suite.include_path:

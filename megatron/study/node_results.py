@@ -74,7 +74,8 @@ class NodeResults:
     arms: that end at the node · tokens: trained on until its end, what is before it included · checkpoint, export,
     samples: paths · weights: fingerprint of the checkpoint's weights · suites: by name, suite "loss" among them ·
     loss: by source · win_rate: {"file", "against" (a node), "judge"} where a judge was asked · asked: what [results]
-    said · missing: tasks by suite that had no data.
+    said · missing: tasks by suite that had no data · left_out: sources by suite that could not be asked about, each
+    with why · failed: parts of the evaluation that there are no figures of, each with why.
     """
 
     node: str
@@ -92,6 +93,8 @@ class NodeResults:
     asked: Mapping[str, Any]
     win_rate: Mapping[str, Any] | None = None
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def figure(self, key: str) -> Figure | None:
         """The figure of a key, if there is one."""

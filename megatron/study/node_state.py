@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.config.errors import EXIT_DONE, EXIT_REQUEUE
+from megatron.config.errors import EXIT_DONE, EXIT_REQUEUE, DataError
 from megatron.launch.attempts import ATTEMPTS, EXIT, HEARTBEAT
 from megatron.launch.living_run import living_process, own_names
 from megatron.launch.run_checkpoints import SeenCheckpoint, checkpoint_at, newest_checkpoints
@@ -17,6 +17,7 @@ from megatron.launch.run_status import NoRun, run_status
 from megatron.launch.slurm_submit import JOBS
 from megatron.study.graph import Graph
 from megatron.study.node_config import end_checkpoint, end_step, node_folder, start_step, study_folder
+from megatron.study.node_results import read_results
 from megatron.study.plan import PlannedStudy
 from megatron.study.slurm_nodes import NodeJob, jobs_of
 
@@ -28,9 +29,11 @@ STATES = {
     "stopped": "begun, and stopped or killed; the next study run goes on from its newest checkpoint",
     "failed": "its process ended with an error; the next study run tries again",
     "trained": "its checkpoint is whole",
-    "evaluated": "trained, and its results are there",
+    "evaluated": "trained, and all its results are there",
     "gone": "trained, and its folder was removed since; nothing that is not done needs it",
 }
+IN_PART = "evaluated in part"
+"""How the reason of a trained node begins some of whose evaluation failed."""
 DONE = ("trained", "evaluated", "gone")
 
 
@@ -68,8 +71,20 @@ def trained_checkpoint(planned: PlannedStudy, name: str) -> SeenCheckpoint | Non
 
 
 def is_evaluated(planned: PlannedStudy, name: str) -> bool:
-    """Whether its results are there."""
-    return node_folder(planned, name).results.is_file()
+    """Whether its results are there, readable and without a part that failed."""
+    return evaluation_of(node_folder(planned, name).results) == ("evaluated", "")
+
+
+def evaluation_of(path: Path) -> tuple[str, str]:
+    """Of results.json: ("evaluated", ""), or ("trained", why its node is not evaluated); "" where nothing is there."""
+    try:
+        found = read_results(path)
+    except DataError as error:
+        return "trained", f"its results cannot be read: {error}"
+    if found is None:
+        return "trained", ""
+    lost = "; ".join(f"{part}: {why}" for part, why in found.failed.items())
+    return ("trained", f"{IN_PART}: {lost}") if lost else ("evaluated", "")
 
 
 def has_begun(planned: PlannedStudy, name: str) -> bool:
@@ -158,9 +173,10 @@ def node_state(planned: PlannedStudy, name: str, now: float, queue: Queue | None
         wall = run["attempts"]
         state = replace(state, attempts=len(wall), redone_steps=run["redone_steps"])
     if (seen := trained_checkpoint(planned, name)) is not None:
-        word = "evaluated" if folder.results.is_file() else "trained"
+        word, why = evaluation_of(folder.results)
         loss = run["speed"]["loss"] if run is not None else None
-        return replace(state, state=word, step=end - start, tokens=node.tokens, loss=loss, checkpoint=seen.path)
+        state = replace(state, state=word, reason=why, step=end - start, tokens=node.tokens)
+        return replace(state, loss=loss, checkpoint=seen.path)
     if run is None:
         if not begun_folder(folder.path, start):
             return state

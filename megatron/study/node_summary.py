@@ -30,13 +30,17 @@ from megatron.study.steps import trained
 def summary_of(
     planned: PlannedStudy, questions: Questions, name: str, checkpoint: Path, weights: str, parts: Sequence[Part]
 ) -> NodeResults:
-    """The results of a node whose parts are all done, without the win rate. Raises DataError for a damaged file."""
+    """The results of a node's parts, without the win rate; what of them is not done is named in `failed`. Raises
+    DataError for a damaged file."""
     node, folder = planned.graph.nodes[name], node_folder(planned, name)
     done = Evaluated(folder)
     metrics: list[Figure] = []
     suites: dict[str, SuiteFile] = {}
     losses: dict[str, SourceLoss] = {}
     missing: dict[str, tuple[str, ...]] = {}
+    left_out: dict[str, dict[str, str]] = {}
+    failed = {part.name: done.failure(part) or "not tried" for part in parts if not done.holds(part)}
+    parts = [part for part in parts if part.name not in failed]
     for part in parts:
         if part.kind not in ("loss", "suite"):
             continue
@@ -45,6 +49,8 @@ def summary_of(
         suites[part.name] = SuiteFile(part.file, str(record["models"][0]["name"]), done.seal(part))
         if lacking := tuple(record.get("missing", ())):
             missing[part.name] = lacking
+        if refused := record.get("left_out"):
+            left_out[part.name] = dict(refused)
         if part.kind == "loss":
             losses = losses_of(record, questions.groups)
     stage = trained(node.step)[-1].stage
@@ -64,6 +70,8 @@ def summary_of(
         samples=names.get(SAMPLES),
         asked=planned.study.words.results.model_dump(mode="json"),
         missing=missing,
+        left_out=left_out,
+        failed=failed,
     )
 
 

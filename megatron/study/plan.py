@@ -12,11 +12,13 @@ from megatron.config.errors import ConfigError
 from megatron.planner.plan import plan_of
 from megatron.planner.plan_warnings import GRAVITIES, warnings_of
 from megatron.study.arms import arms_of, unused_words
+from megatron.study.asked_names import unknown_names
 from megatron.study.costs import NodeTime, node_disk
 from megatron.study.graph import Graph, Node, PlacedArm, graph_of
 from megatron.study.mixture_in_words import mixture_in_words
+from megatron.study.order_controls import same_aggregates, unequal_controls, unlike_controls
 from megatron.study.resolve_arms import resolve_arms
-from megatron.study.sharing import lost_sharing, same_aggregates, same_arms, unequal_controls
+from megatron.study.sharing import lost_sharing, same_arms
 from megatron.study.steps import ResolvedArm, TrainStep, trained
 from megatron.study.study_file import Study, load_study, nearest, with_seeds
 
@@ -181,6 +183,8 @@ def _warnings(planned: PlannedStudy, plan: Mapping[str, Any]) -> list[dict[str, 
         text = f"{', '.join(names)} are the same arm: trained once, and no difference between them can be found"
         found.append({"gravity": "medium", "kind": "same-arms", "text": text})
     found += [{"gravity": "medium", "kind": "unequal-control", "text": text} for text in unequal_controls(planned.arms)]
+    found += [{"gravity": "medium", "kind": "unlike-control", "text": text} for text in unlike_controls(planned.arms)]
+    found += unknown_names(planned.study, planned.arms)
     found += [{"gravity": "low", "kind": "study", "text": note} for note in planned.notes]
     return sorted(found, key=lambda row: GRAVITIES.index(row["gravity"]))
 

@@ -10,8 +10,8 @@ from megatron.config.errors import DataError
 from megatron.metrics.report_data import Band, Point, ReportData, binned, planned_shares, read_metrics, realised_shares
 from megatron.study.graph import PlacedArm
 from megatron.study.node_config import end_step, start_step
-from megatron.study.report_data import StudyReport
-from megatron.study.steps import TrainStep, trained
+from megatron.study.report_data import StudyReport, source_groups
+from megatron.study.steps import AverageStep, Step, TrainStep
 
 Stretch = tuple[float, float, Mapping[str, float]]
 """(start, end, share of each source) of tokens."""
@@ -37,12 +37,7 @@ class NodeCurve:
 
 def groups_of(report: StudyReport) -> dict[str, str]:
     """Group by source, over all arms."""
-    groups: dict[str, str] = {}
-    for arm in report.planned.arms.values():
-        for step in arm.steps:
-            if isinstance(step, TrainStep):
-                groups |= {name: step.stage.facts[name].group for name in step.stage.weights.sources}
-    return groups
+    return source_groups(report.planned)
 
 
 def curves_of(report: StudyReport) -> tuple[dict[str, NodeCurve], list[str]]:
@@ -146,19 +141,30 @@ def bands_of(path: Sequence[NodeCurve]) -> list[Band]:
 
 
 def share_of_group(report: StudyReport, arm: PlacedArm) -> float | None:
-    """The share of `report.share`'s group in an arm's tokens: by the ledger of its end, else by the plan.
+    """The share of `report.share`'s group in an arm's tokens: by ledgers, else by the plan.
 
-    Of all tokens so far, or of the last training stage's. None where nothing was trained.
+    Of all tokens so far, or of the last training stage's. An average of several has the mean of its members' shares by
+    its weights. None where nothing is trained.
     """
-    group, last = report.words.share, report.words.share_of == "last-stage"
-    groups = groups_of(report)
-    ledger = report.nodes[arm.path[-1]].ledger
-    if ledger is not None:
-        stages = [stage.use for stage in ledger.stages if stage.samples]
-        uses = [{name: taken.tokens for name, taken in use.items()} for use in (stages[-1:] if last else stages)]
-    else:
-        steps = trained(report.nodes[arm.path[-1]].node.step)
-        uses = [dict(step.stage.source_tokens) for step in (steps[-1:] if last else steps)]
-    total = sum(tokens for use in uses for tokens in use.values())
-    named = sum(tokens for use in uses for name, tokens in use.items() if group in (name, groups.get(name)))
+    step = report.nodes[arm.path[-1]].node.step
+    named, total = _share(report, step, arm.seed, groups_of(report), report.words.share_of == "last-stage")
     return named / total if total else None
+
+
+def _share(report: StudyReport, step: Step, seed: int, groups: Mapping[str, str], last: bool) -> tuple[float, float]:
+    """(tokens of the group, tokens) behind a step, or of its last stage."""
+    if isinstance(step, AverageStep):
+        members = step.members[:1] if step.last else step.members
+        found = [_share(report, member, seed, groups, last) for member in members]
+        weights = [1.0] if step.last else [float(weight) for weight in step.weights]
+        total = sum(weight * tokens for weight, (_, tokens) in zip(weights, found, strict=True))
+        share = sum(weight * named / (tokens or 1) for weight, (named, tokens) in zip(weights, found, strict=True))
+        return share * total, total
+    record = report.own_record(report.planned.graph.steps[(id(step), seed)])
+    uses = step.stage.source_tokens if record is None else {name: use.tokens for name, use in record.use.items()}
+    named = float(sum(count for name, count in uses.items() if report.words.share in (name, groups.get(name))))
+    total = float(sum(uses.values()))
+    if step.before is None or last:
+        return named, total
+    before = _share(report, step.before, seed, groups, last)
+    return before[0] + named, before[1] + total

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.manifest import sha256_of
 from megatron.config.errors import CheckpointError, ConfigError, DataError
-from megatron.data.ledger import Ledger
+from megatron.data.ledger import Ledger, StageRecord
 from megatron.evaluation.results import read_record
 from megatron.planner.ledger_files import read_ledger
 from megatron.study.arms import arms_of
 from megatron.study.graph import Node, PlacedArm
 from megatron.study.node_config import end_checkpoint, node_folder, study_folder
 from megatron.study.node_folder import NodeFolder
-from megatron.study.node_results import NodeResults, read_results
+from megatron.study.node_results import NodeResults, figures_of, read_results
 from megatron.study.node_state import NodeState, study_states
 from megatron.study.plan import PlannedStudy, study_plan
 from megatron.study.report_section import ReportSection
+from megatron.study.steps import AverageStep, TrainStep, trained
 from megatron.study.study_file import nearest
+from megatron.study.verification import skipped_updates
 
 EVALUATED = "evaluated"
+CHANGED = "results.json was changed"
+"""In a note on figures that are not those of the files with their items."""
 
 
 @dataclass(frozen=True)
 class ReportNode:
-    """A node with what it left. ledger: of the checkpoint at its end · suites: by name, the file's record, whose one
-    model is this node."""
+    """A node with what it left. ledger: of the checkpoint at its end; an average's is its first member's · suites: by
+    name, the file's record, whose one model is this node · skipped: (steps without an update, steps)."""
 
     node: Node
     folder: NodeFolder
@@ -37,6 +41,7 @@ class ReportNode:
     ledger: Ledger | None = None
     results: NodeResults | None = None
     suites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    skipped: tuple[int, int] = (0, 0)
 
     @property
     def trained(self) -> bool:
@@ -84,6 +89,29 @@ class StudyReport:
         """The node that an arm ends with."""
         return next(self.nodes[one.path[-1]] for one in self.placed(arm) if one.seed == seed)
 
+    def first_of(self, arm: str) -> str:
+        """The first member of the average of several that an arm ends with or goes on from, as "arm/stage"; empty of
+        an arm without one. Ledgers of such an arm are those of that member's way, and say nothing of the others."""
+        step = self.planned.arms[arm].end
+        while True:
+            if isinstance(step, AverageStep):
+                if not step.last:
+                    return f"{step.members[0].arm}/{step.members[0].label}"
+                step = step.members[0]
+            elif step.before is None:
+                return ""
+            else:
+                step = step.before
+
+    def own_record(self, name: str) -> StageRecord | None:
+        """What a ledger says of a training node's own stage: its own ledger, else one that goes on from its data."""
+        place = len(trained(self.nodes[name].node.step)) - 1
+        for one in self.nodes.values():
+            goes_on = name == one.node.id or name in one.node.parents[:1]  # of an average: its first member
+            if goes_on and one.ledger is not None and len(one.ledger.stages) > place:
+                return one.ledger.stages[place]
+        return None
+
     def experiment(self, arm: str) -> str:
         """What the arm is grouped by."""
         return self.placed(arm)[0].experiment
@@ -102,7 +130,8 @@ def read_study(planned: PlannedStudy, baseline: str | None = None) -> StudyRepor
     chosen = _baseline(planned, arms, baseline)
     states = study_states(planned)
     notes: list[str] = []
-    nodes = {name: _node(planned, name, states[name], notes) for name in planned.graph.nodes}
+    groups = source_groups(planned)
+    nodes = {name: _node(planned, name, states[name], groups, notes) for name in planned.graph.nodes}
     if chosen is None:
         notes.append("No baseline: say study.baseline, or --baseline ARM, and differences from it are shown.")
     if unknown := [name for name in planned.study.words.report.labels if name not in (every := arms_of(planned.study))]:
@@ -120,7 +149,19 @@ def _baseline(planned: PlannedStudy, arms: Sequence[str], asked: str | None) -> 
     return said if said in arms else None  # it may be left out by --arm
 
 
-def _node(planned: PlannedStudy, name: str, state: NodeState, notes: list[str]) -> ReportNode:
+def source_groups(planned: PlannedStudy) -> dict[str, str]:
+    """Group by source, over all arms."""
+    groups: dict[str, str] = {}
+    for arm in planned.arms.values():
+        for step in arm.steps:
+            if isinstance(step, TrainStep):
+                groups |= {name: step.stage.facts[name].group for name in step.stage.weights.sources}
+    return groups
+
+
+def _node(
+    planned: PlannedStudy, name: str, state: NodeState, groups: Mapping[str, str], notes: list[str]
+) -> ReportNode:
     node, folder = planned.graph.nodes[name], node_folder(planned, name)
     checkpoint = end_checkpoint(planned, name)
     ledger = None
@@ -136,7 +177,51 @@ def _node(planned: PlannedStudy, name: str, state: NodeState, notes: list[str]) 
             "stagemix study evaluate writes it again"
         )
     suites = {} if results is None else _suites(folder, results, notes)
-    return ReportNode(node, folder, state, checkpoint, ledger, results, suites)
+    if results is not None:
+        left_out = [f"Suite {name}: {why}." for name, ones in results.left_out.items() for why in ones.values()]
+        notes += [words for words in left_out if words not in notes]  # every node is asked about the same sources
+        results = _as_in_files(folder, results, suites, groups, notes)
+    skipped = skipped_updates(planned, name) if node.kind == "train" else (0, 0)
+    return ReportNode(node, folder, state, checkpoint, ledger, results, suites, skipped)
+
+
+def _as_in_files(
+    folder: NodeFolder,
+    results: NodeResults,
+    suites: Mapping[str, Mapping[str, Any]],
+    groups: Mapping[str, str],
+    notes: list[str],
+) -> NodeResults:
+    """The results with the figures that the suites' files give, where results.json says others: it was changed since,
+    and its items would belie it."""
+    metrics = list(results.metrics)
+    for suite, record in suites.items():
+        there = {one.key: one for one in figures_of(record, suite, groups)}
+        said = {one.key: one for one in results.metrics if one.suite == suite}
+        known = ("value", "stderr", "items")
+        off = [
+            key
+            for key in dict.fromkeys([*said, *there])
+            if [getattr(said.get(key), name, None) for name in known]
+            != [getattr(there.get(key), name, None) for name in known]
+        ]
+        if not off:
+            continue
+        values = [f"{one[off[0]].value:g}" if off[0] in one else "absent" for one in (said, there)]
+        more = f" and {len(off) - 1} more" if len(off) > 1 else ""
+        notes.append(
+            f"{folder.path}/{CHANGED}: {off[0]} is {values[0]} there and {values[1]} in "
+            f"{results.suites[suite].file}{more}. The file's figures are shown; stagemix study evaluate --node "
+            f"{results.node} makes results.json anew."
+        )
+        place = next((at for at, one in enumerate(metrics) if one.suite == suite), len(metrics))
+        rest = [one for one in metrics if one.suite != suite]
+        metrics = [
+            *rest[:place],
+            *(said[key] if key in said and key not in off else there[key] for key in there),
+            *rest[place:],
+        ]
+    return results if metrics == list(results.metrics) else replace(results, metrics=tuple(metrics))
 
 
 def _suites(folder: NodeFolder, results: NodeResults, notes: list[str]) -> dict[str, Mapping[str, Any]]:
@@ -150,7 +235,7 @@ def _suites(folder: NodeFolder, results: NodeResults, notes: list[str]) -> dict[
         if sha256_of(path) != entry.sha256:
             notes.append(
                 f"{path} is another file than results.json was made from: its items are not used; "
-                f"stagemix study evaluate --node {results.node} makes both anew once results.json is removed."
+                f"stagemix study evaluate --node {results.node} makes both anew."
             )
             continue
         found[suite] = read_record(path)
@@ -174,6 +259,8 @@ def _missing(planned: PlannedStudy, nodes: Mapping[str, ReportNode]) -> list[str
         elif one.results is None and (every or name in ends):
             words.append(f"{one.ends} is not evaluated; needed by {arms}")
         elif one.results is not None:
+            for part, why in one.results.failed.items():
+                words.append(f"{one.ends}: {part} was not evaluated: {why}")
             for suite, tasks in one.results.missing.items():
                 words.append(f"{one.ends}: suite {suite} has no data for {', '.join(tasks)}")
     return words

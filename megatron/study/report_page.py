@@ -16,10 +16,11 @@ from megatron.study.report_data import StudyReport
 from megatron.study.report_diffs import LedgerDiff
 from megatron.study.report_links import Links
 from megatron.study.report_plots import Plot
-from megatron.study.report_provenance import Tokens, facts_of, study_texts
+from megatron.study.report_provenance import Tokens, facts_of, study_texts, tokens_words
 from megatron.study.report_style import OWN_STYLE
 from megatron.study.report_tables import Entry, Table
 from megatron.study.report_words import (
+    cell_change_words,
     change_words,
     findings,
     headline,
@@ -84,9 +85,10 @@ def _banner(report: StudyReport) -> str:
 def _lead(contents: Contents) -> str:
     report, tokens = contents.report, contents.tokens
     seeds = len(report.seeds)
+    padding = f"; {format_count(tokens.padding)} of those trained are padding" if tokens.padding else ""
     trained = (
         f" {format_count(tokens.trained)} tokens were trained, {format_count(tokens.naive)} had every arm been trained "
-        f"alone ({tokens.ratio:.3f}, by the ledgers)."
+        f"alone ({tokens.ratio:.3f}, by the ledgers{padding})."
         if tokens.trained and tokens.naive
         else ""
     )
@@ -133,8 +135,8 @@ def _cell(report: StudyReport, one: Table, arm: str, column: Column, links: Link
     if entry is None:
         return "<td>–</td>"
     change = ""
-    if entry.beside is not None and (words := change_words(entry.beside)):
-        told = ' class="told"' if entry.beside.told(report.words.alpha) else ""
+    if words := cell_change_words(entry, one.entry(one.baseline or "", column)):
+        told = ' class="told"' if entry.beside is not None and entry.beside.told(report.words.alpha) else ""
         change = f"<small{told}>{escape(words)}</small>"
     where = "".join(f"<p>{escape(words)}: {_anchors(found)}</p>" for words, found in links.cell(arm, column))
     best = ' class="best"' if entry.best else ""
@@ -209,10 +211,9 @@ def graph_of(report: StudyReport) -> str:
 def _nodes(report: StudyReport, links: Links) -> str:
     rows = []
     for name, one in report.nodes.items():
-        tokens = format_count(one.node.tokens) if one.node.kind == "train" else "average"
         left = [name[:8], escape(one.node.label), escape(one.state.state), _anchors(links.node(one))]
         words = "".join(f'<td class="left">{cell}</td>' for cell in left)
-        rows.append(f"<tr>{words}<td>{one.node.seed}</td><td>{tokens}</td></tr>")
+        rows.append(f"<tr>{words}<td>{one.node.seed}</td><td>{tokens_words(report, name)}</td></tr>")
     heads = "".join(f'<th scope="col" class="left">{head}</th>' for head in ("node", "stage", "state", "where"))
     heads += "".join(f'<th scope="col">{head}</th>' for head in ("seed", "tokens"))
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -222,13 +223,14 @@ def _ledgers(contents: Contents, links: Links) -> str:
     rows = []
     for arm, diffs in contents.diffs.items():
         for one in diffs:
-            alike = ["the same" if same else "another" for same in (one.same_aggregate, one.same_order)]
-            left = [_anchors([(contents.report.label(arm), links.diffs[arm])]), *alike]
+            left = [_anchors([(contents.report.label(arm), links.diffs[arm])]), *map(escape, one.cells())]
             words = "".join(f'<td class="left">{cell}</td>' for cell in left)
             rows.append(f"<tr>{words}<td>{one.seed}</td><td>{one.repeated:,}</td></tr>")
     if not rows:
         return ""
-    heads = "".join(f'<th scope="col" class="left">{head}</th>' for head in ("arm", "aggregate", "order"))
+    heads = "".join(
+        f'<th scope="col" class="left">{head}</th>' for head in ("arm", "aggregate", "order", "differs besides")
+    )
     heads += "".join(f'<th scope="col">{head}</th>' for head in ("seed", "tokens trained on twice"))
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 

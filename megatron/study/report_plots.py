@@ -42,6 +42,16 @@ def ink(number: int) -> str:
     return f"c{number % colours}{dashes[number // colours % 3]}"
 
 
+def members_words(report: StudyReport, arms: Sequence[str]) -> str:
+    """What a caption says of arms with averages of several behind them: of which member the way is that is drawn."""
+    found = [
+        f"{report.label(arm)} averages several, the way of {first} is drawn"
+        for arm in arms
+        if (first := report.first_of(arm))
+    ]
+    return f" {'; '.join(found)}." if found else ""
+
+
 def first_seed(report: StudyReport, arms: Sequence[str]) -> list[PlacedArm]:
     """These arms with the study's first seed."""
     return [next(one for one in report.placed(arm) if one.seed == report.seeds[0]) for arm in arms]
@@ -71,6 +81,7 @@ def mixture_plot(report: StudyReport, arms: Sequence[str], curves: Mapping[str, 
     caption = "Shares of samples as they were trained on" + (
         ", first seed; pale: as planned, where there are no metrics." if planned else ", first seed."
     )
+    caption += members_words(report, [arm.name for arm, _ in rows])
     return Plot(name, "Mixture over tokens", caption, legend, *pictures)
 
 
@@ -203,6 +214,7 @@ def _loss_plot(
         "Mean loss of the source's own tokens in training, first seed; pale: single steps. Dots: held-out documents. "
         "Dashed: stages begin."
     )
+    caption += members_words(report, arms)
     if cut:
         caption += f" Losses of the first tokens, up to {cut:.1f}, are above the frame."
     return Plot(name, f"Loss: {source}", caption, legend, *pictures)

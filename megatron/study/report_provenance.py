@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.config.quantities import format_count
 from megatron.config.version import VERSION
 from megatron.study.report_data import StudyReport
-from megatron.study.steps import trained
+from megatron.study.steps import TrainStep
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens trained over tokens naive. verified: both are of ledgers, for every node and arm; else of what is there ·
-    planned: of the whole study · wrong: nodes whose ledger says other than the plan."""
+    """Input positions trained over those naive. verified: both are of ledgers, for every node and arm; else of what is
+    there · planned: of the whole study · wrong: nodes whose ledger says other than the plan · padding: of those
+    trained, positions that hold no token."""
 
     trained: int
     naive: int
@@ -24,6 +26,7 @@ class Tokens:
     planned: tuple[int, int]
     wrong: tuple[str, ...]
     redone_steps: int
+    padding: int = 0
 
     @property
     def ratio(self) -> float:
@@ -40,8 +43,9 @@ class Tokens:
         )
         if not self.trained:
             return f"Nothing is trained yet of {self.planned[0]:,} tokens."
+        padding = f", of the former {self.padding:,} padding" if self.padding else ""
         return (
-            f"By the ledgers {self.trained:,} tokens were trained once, {self.naive:,} for each arm alone: "
+            f"By the ledgers {self.trained:,} tokens were trained once, {self.naive:,} for each arm alone{padding}: "
             f"{self.ratio:.4f} ({of}); {again}."
         )
 
@@ -52,7 +56,7 @@ def tokens_of(report: StudyReport) -> Tokens:
     Of a node that was removed since, in the ledger of one that goes on from it.
     """
     graph = report.planned.graph
-    once, wrong, whole = 0, [], True
+    once, padding, wrong, whole = 0, 0, [], True
     for name, one in report.nodes.items():
         if one.node.kind != "train":
             continue
@@ -61,6 +65,7 @@ def tokens_of(report: StudyReport) -> Tokens:
             whole = False
             continue
         once += own
+        padding += padding_of(report, name)
         if own != one.node.tokens:
             wrong.append(f"{one.ends}: {own:,} tokens by its ledger, {one.node.tokens:,} planned")
     naive = 0
@@ -70,18 +75,44 @@ def tokens_of(report: StudyReport) -> Tokens:
         else:
             naive += found
     redone = sum(one.state.redone_steps for one in report.nodes.values())
-    return Tokens(once, naive, whole, (graph.trained, graph.naive), tuple(wrong), redone)
+    return Tokens(once, naive, whole, (graph.trained, graph.naive), tuple(wrong), redone, padding)
+
+
+def padding_of(report: StudyReport, name: str) -> int:
+    """Input positions of a training node's own stage that hold no token: by a ledger, else as an epoch has them."""
+    if (record := report.own_record(name)) is not None:
+        return sum(use.padding for use in record.use.values())
+    step = report.nodes[name].node.step
+    assert isinstance(step, TrainStep)
+    stage = step.stage
+    if not stage.padded:
+        return 0
+    epochs = ((stage.counts.get(source, 0), epoch) for source, epoch in stage.padded.items())
+    return stage.tokens - round(sum(count * epoch.tokens / max(1, epoch.samples) for count, epoch in epochs))
+
+
+def tokens_words(report: StudyReport, name: str) -> str:
+    """A node's own input positions, and how many of them are padding."""
+    node = report.nodes[name].node
+    if node.kind != "train":
+        return "average"
+    padding = padding_of(report, name)
+    return format_count(node.tokens) + (f", {format_count(padding)} padding" if padding else "")
+
+
+def length_of(report: StudyReport, name: str) -> tuple[int, int]:
+    """(input positions, of which padding) that training a node alone takes, as planned: of an average, all that it
+    averages, as the plan counts it."""
+    one = report.nodes[name].node
+    own = (one.tokens, padding_of(report, name)) if one.kind == "train" else (0, 0)
+    before = [length_of(report, parent) for parent in one.parents]
+    return own[0] + sum(positions for positions, _ in before), own[1] + sum(padding for _, padding in before)
 
 
 def _own_tokens(report: StudyReport, name: str) -> int | None:
     """A training node's own tokens by a ledger that has its stage: its own, or that of a node that goes on from it."""
-    node = report.nodes[name].node
-    place = len(trained(node.step)) - 1
-    for ledger in (one.ledger for one in report.nodes.values() if name in (one.node.id, *one.node.parents)):
-        if ledger is not None and len(ledger.stages) > place:
-            record = ledger.stages[place]
-            return int(record.stage_shapes.tokens_at(record.samples))
-    return None
+    record = report.own_record(name)
+    return None if record is None else int(record.stage_shapes.tokens_at(record.samples))
 
 
 def _whole_tokens(report: StudyReport, name: str) -> int | None:

@@ -18,13 +18,15 @@ Place = TypeVar("Place")
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm beside another. seeds: those of both that were compared · relative: percent of the baseline, + better ·
-    found: None where nothing is known of the noise · holm: its p-value among all of its family; None without one."""
+    """An arm beside another. seeds: those that both have, which alone were compared · relative: percent of the
+    baseline, + better · found: None where nothing is known of the noise · means: of the arm and of the other over these
+    seeds · holm: its p-value among all of its family; None without one."""
 
     seeds: tuple[int, ...]
     difference: float
     relative: float | None
     found: Difference | None
+    means: tuple[float, float]
     same_node: bool = False
     holm: float | None = None
 
@@ -35,14 +37,17 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure of an arm. values: by seed · mean, sd: over them · stderr: over items, where there is one seed ·
-    beside: the baseline, None for itself and where there is none · best: no arm is better, and it is told from all."""
+    """A figure of an arm. values: by seed · mean, sd: over them · stderr: over items, where there is one seed · seeds:
+    how many the study has · beside: the baseline, None for itself and where nothing can be compared · apart: both have
+    the figure, and no seed in common · best: no arm is better, and it is told from all."""
 
     values: Mapping[int, Value]
     mean: float
     sd: float | None
     stderr: float | None
+    seeds: int = 1
     beside: Contrast | None = None
+    apart: bool = False
     best: bool = False
 
 
@@ -61,6 +66,14 @@ class Table:
     def entry(self, arm: str, column: Column) -> Entry | None:
         """A cell."""
         return self.entries.get((arm, column.key))
+
+    def compared(self) -> list[tuple[str, Contrast]]:
+        """(arm, its comparison) of every cell whose noise is known."""
+        return [
+            (arm, one.beside)
+            for (arm, _), one in self.entries.items()
+            if one.beside is not None and one.beside.found is not None
+        ]
 
     def usual_half(self, column: Column) -> float | None:
         """The middle one of the half widths of a column's intervals."""
@@ -102,7 +115,8 @@ def _table(report: StudyReport, experiment: str, arms: Sequence[str], columns: S
         if key.startswith(f"{WIN_RATE}/"):
             entries[arm, key] = replace(entry, beside=_against_half(report, by_key[key], arm, entry))
         elif (report.baseline, key) in entries:
-            entries[arm, key] = replace(entry, beside=_contrast(report, by_key[key], arm, report.baseline))
+            beside = _contrast(report, by_key[key], arm, report.baseline)
+            entries[arm, key] = replace(entry, beside=beside, apart=beside is None)
     corrected = _corrected({place: one.beside for place, one in entries.items() if one.beside is not None})
     for place, beside in corrected.items():
         entries[place] = replace(entries[place], beside=beside)
@@ -125,7 +139,8 @@ def _entry(report: StudyReport, arm: str, column: Column) -> Entry | None:
     if not values:
         return None
     mean, sd = mean_and_sd([one.value for one in values.values()])
-    return Entry(values, mean, sd, next(iter(values.values())).stderr if sd is None else None)
+    stderr = next(iter(values.values())).stderr if sd is None else None
+    return Entry(values, mean, sd, stderr, len(report.seeds))
 
 
 def _contrast(report: StudyReport, column: Column, arm: str, other: str) -> Contrast | None:
@@ -139,7 +154,7 @@ def _contrast(report: StudyReport, column: Column, arm: str, other: str) -> Cont
     middle, base = mean_and_sd(list(a.values()))[0], mean_and_sd(list(b.values()))[0]
     relative = relative_change(middle, base, column.higher_is_better)
     if all(mine[seed].node.id == theirs[seed].node.id for seed in seeds):
-        return Contrast(tuple(seeds), 0.0, relative, None, same_node=True)
+        return Contrast(tuple(seeds), 0.0, relative, None, (middle, base), same_node=True)
     found = contrast(
         a,
         b,
@@ -148,7 +163,7 @@ def _contrast(report: StudyReport, column: Column, arm: str, other: str) -> Cont
         column.differing_over((theirs[seed].node.id, mine[seed].node.id) for seed in seeds),
         max((len(drawn) for drawn in column.draws.values()), default=report.words.resamples),
     )
-    return Contrast(tuple(seeds), middle - base, relative, found)
+    return Contrast(tuple(seeds), middle - base, relative, found, (middle, base))
 
 
 def _against_half(report: StudyReport, column: Column, arm: str, entry: Entry) -> Contrast | None:
@@ -165,10 +180,10 @@ def _against_half(report: StudyReport, column: Column, arm: str, entry: Entry) -
         half = 1.96 * (entry.stderr or 0.0)
         off = entry.mean - 0.5
         found = Difference(off, off - half, off + half, float(p)) if p is not None else None
-        return Contrast(tuple(mine), off, None, found)
+        return Contrast(tuple(mine), off, None, found, (entry.mean, 0.5))
     values = {seed: column.values[node.node.id].value for seed, node in mine.items()}
     found = contrast(values, dict.fromkeys(values, 0.5), {}, {}, 0, report.words.resamples)
-    return Contrast(tuple(mine), entry.mean - 0.5, None, found)
+    return Contrast(tuple(mine), entry.mean - 0.5, None, found, (entry.mean, 0.5))
 
 
 def _corrected(contrasts: Mapping[Place, Contrast]) -> dict[Place, Contrast]:
@@ -191,7 +206,8 @@ def _best(
     alike = [arm for arm, one in beside.items() if one is not None and one.same_node]
     others = {arm: one for arm, one in beside.items() if arm not in alike}
     known = _corrected({arm: one for arm, one in others.items() if one is not None})
-    told = bool(others) and len(known) == len(others) and all(one.told(report.words.alpha) for one in known.values())
+    better = (one.told(report.words.alpha) and sign * one.difference > 0 for one in known.values())
+    told = bool(others) and len(known) == len(others) and all(better)
     if report.baseline in arms:
         beyond = others if report.baseline in (top, *alike) else [top]
         beside_base = [entries[arm, column.key].beside for arm in beyond]

@@ -11,9 +11,10 @@ from megatron.study.report_columns import Column
 from megatron.study.report_data import ReportNode, StudyReport
 from megatron.study.report_links import Links
 from megatron.study.report_page import Contents
-from megatron.study.report_provenance import facts_of
+from megatron.study.report_provenance import facts_of, length_of, tokens_words
 from megatron.study.report_tables import Entry, Table
 from megatron.study.report_words import (
+    cell_change_words,
     change_words,
     findings,
     headline,
@@ -41,16 +42,16 @@ def results_csv(report: StudyReport, links: Links) -> str:
             for figure in one.results.metrics if one.results is not None else ():
                 rows.append(
                     [arm.name, arm.experiment, arm.seed, name, one.node.label, int(name == arm.path[-1])]
-                    + _figure_cells(one, figure, links)
+                    + _figure_cells(report, one, figure, links)
                 )
     return _csv(_RESULT_HEADS, rows)
 
 
-def _figure_cells(one: ReportNode, figure: Figure, links: Links) -> list[object]:
+def _figure_cells(report: StudyReport, one: ReportNode, figure: Figure, links: Links) -> list[object]:
     results = one.results
     assert results is not None
     return [
-        results.tokens,
+        length_of(report, one.node.id)[0],
         figure.suite,
         figure.task,
         figure.group,
@@ -140,7 +141,7 @@ def markdown(contents: Contents, links: Links) -> str:
         if not table.columns:
             lines += ["Nothing of these arms is evaluated yet.", ""]
             continue
-        lines += [*_results(report, table, links), "", _text(note_of(table, report)), ""]
+        lines += [*_results(report, table, links), "", _text(note_of(table, report, "with a *", "Bold")), ""]
         lines += [*(f"- {_text(line)}" for line in findings(report, table)), "", *_comparisons(report, table)]
         for plot in contents.plots.get(table.experiment, ()):
             lines += [f"![{_text(plot.title)}](plots/{plot.name}.svg)", ""]
@@ -164,7 +165,8 @@ def _results(report: StudyReport, table: Table, links: Links) -> list[str]:
         cells = []
         for column in table.columns:
             entry = table.entry(arm, column)
-            cells.append("–" if entry is None else _cell(report, entry, column))
+            start = table.entry(table.baseline or "", column)
+            cells.append("–" if entry is None else _cell(report, entry, start, column))
         rows.append([name, *cells])
     return _table(heads, rows, 1)
 
@@ -173,12 +175,13 @@ def _lower(column: Column) -> str:
     return "" if column.higher_is_better else " (lower is better)"
 
 
-def _cell(report: StudyReport, entry: Entry, column: Column) -> str:
+def _cell(report: StudyReport, entry: Entry, start: Entry | None, column: Column) -> str:
     words = value_words(entry, column)
     words = f"**{words}**" if entry.best else words
-    if entry.beside is None or not (change := change_words(entry.beside)):
+    if not (change := cell_change_words(entry, start)):
         return words
-    return f"{words}<br>{change}{'*' if entry.beside.told(report.words.alpha) else ''}"
+    told = entry.beside is not None and entry.beside.told(report.words.alpha)
+    return f"{words}<br>{change}{'*' if told else ''}"
 
 
 def _comparisons(report: StudyReport, table: Table) -> list[str]:
@@ -214,8 +217,7 @@ def _ledgers(contents: Contents, links: Links) -> list[str]:
         [
             f"[{_text(contents.report.label(arm))}]({links.diffs[arm]})",
             str(one.seed),
-            "the same" if one.same_aggregate else "another",
-            "the same" if one.same_order else "another",
+            *map(_text, one.cells()),
             f"{one.repeated:,}",
         ]
         for arm, diffs in contents.diffs.items()
@@ -223,7 +225,7 @@ def _ledgers(contents: Contents, links: Links) -> list[str]:
     ]
     if not rows:
         return []
-    heads = ["arm", "seed", "aggregate", "order", "tokens trained on twice"]
+    heads = ["arm", "seed", "aggregate", "order", "differs besides", "tokens trained on twice"]
     return ["## Ledgers beside the baseline", "", *_table(heads, rows, 1), ""]
 
 
@@ -232,7 +234,7 @@ def _nodes(report: StudyReport, links: Links) -> list[str]:
     for name, one in report.nodes.items():
         where = " · ".join(f"[{words}]({link})" for words, link in links.node(one))
         rows.append(
-            [name[:8], _text(one.node.label), str(one.node.seed), f"{one.node.tokens:,}", one.state.state, where]
+            [name[:8], _text(one.node.label), str(one.node.seed), tokens_words(report, name), one.state.state, where]
         )
     graph = ["## Nodes", "", "![graph of nodes](plots/graph.svg)", ""]
     return [*graph, *_table(["node", "stage", "seed", "tokens", "state", "where"], rows, 2)]

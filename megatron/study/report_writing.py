@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.durable_files import write_whole
-from megatron.config.errors import StagemixError
+from megatron.config.errors import IO_REMEDIES, ConfigError, StagemixError
 from megatron.study.report_columns import columns_of
 from megatron.study.report_curves import NodeCurve, curves_of
 from megatron.study.report_data import StudyReport
@@ -30,20 +30,24 @@ RunReport = Callable[[Path, list[Path]], str]
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. page: index.html · files: how many · headline, missing, notes: as the page has them."""
+    """What was written. page: index.html · files: how many · headline, missing, notes: as the page has them · removed:
+    files of an earlier report in the folder that this one does not have."""
 
     page: Path
     files: int
     headline: Sequence[str]
     missing: Sequence[str]
     notes: Sequence[str]
+    removed: Sequence[str] = ()
 
 
 def write_study_report(report: StudyReport, folder: Path, run_report: RunReport | None = None) -> Written:
     """Writes everything below `folder`; index.html last. run_report: None for no reports of runs.
 
-    The same inputs give the same bytes. OSError where the disk refuses.
+    The same inputs give the same bytes. ConfigError where no such folder can be made or written to, OSError where the
+    disk is full or failing.
     """
+    _try(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     notes = list(report.notes)
     columns, more = columns_of(report)
     tables = tables_of(report, columns)
@@ -66,25 +70,44 @@ def write_study_report(report: StudyReport, folder: Path, run_report: RunReport 
         "index.html": study_report_page(contents, links),
     }
     files[_FILES] = json.dumps(sorted(files), indent=0) + "\n"
-    _clear(folder, files)
+    removed = _clear(folder, files)
+    _try(folder, lambda: _write(folder, files))
+    return Written(folder / "index.html", len(files), headline(report, tables), report.missing, notes, removed)
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content.encode())
-    return Written(folder / "index.html", len(files), headline(report, tables), report.missing, notes)
 
 
-def _clear(folder: Path, files: Mapping[str, str]) -> None:
-    """Removes what an earlier report wrote here and this one does not: pages of arms that are gone, say."""
+def _try(folder: Path, act: Callable[[], None]) -> None:
+    """Does it; a folder that cannot be is the user's to name anew, a disk that fails is not."""
+    try:
+        act()
+    except OSError as error:
+        if error.errno in IO_REMEDIES:
+            raise
+        raise ConfigError(
+            f"{folder}: no report can be written there ({error.strerror or error}): name another folder with --output"
+        ) from None
+
+
+def _clear(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """Removes what an earlier report wrote here and this one does not: pages of arms that are gone, say. Names them."""
     try:
         before = json.loads((folder / _FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return
+        return []
+    removed = []
     inside = folder.resolve()
     for name in before if isinstance(before, list) else []:
         path = (folder / str(name)).resolve()
-        if name not in files and path.is_relative_to(inside):
-            path.unlink(missing_ok=True)
+        if name not in files and path.is_relative_to(inside) and path.is_file():
+            path.unlink()
+            removed.append(str(name))
+    return removed
 
 
 def _plots(report: StudyReport, table: Table, curves: Mapping[str, NodeCurve], number: int) -> list[Plot]:

@@ -17,11 +17,12 @@ from megatron.config.schema import RunConfig, StageSection
 from megatron.data.ledger import Ledger
 from megatron.data.mixture_words import MixtureWords
 from megatron.data.sources import OpenSource, TokenizerIdentity
+from megatron.data.stage_objective import OF_LOSS_TOKENS
 from megatron.planner.resolve import ResolvedRun, cache_folder, open_run_sources, resolve_run
 from megatron.study.arms import ArmWords
 from megatron.study.branches import check_branch
 from megatron.study.caps import capped
-from megatron.study.identity import shape_of, tokenizer_identity
+from megatron.study.identity import shape_of, tokenizer_identity, unlike_models
 from megatron.study.learned_weights import LearnedWeights, read_weights
 from megatron.study.overrides import StageWords
 from megatron.study.sections import StudyStage
@@ -208,6 +209,7 @@ class _Arm:
         count = stage.last or len(members)
         weights = [Fraction(weight) for weight in stage.weights or []] or [Fraction(1)] * count
         shares = tuple(weight / sum(weights) for weight in weights)
+        self._check_alike(words.name, members)
         every = 0
         if stage.last:
             behind = trained(members[0])[-1]
@@ -230,6 +232,18 @@ class _Arm:
             (),
             self._words.overrides,
         )
+
+    def _check_alike(self, label: str, members: tuple[Step, ...]) -> None:
+        """Raises ConfigError for models that have no mean: what `average_checkpoints` would refuse when all is
+        trained."""
+        first, *others = (trained(member)[-1] for member in members)
+        for member, other in zip(members[1:], others, strict=True):
+            if found := unlike_models(first, other):
+                raise ConfigError(
+                    f"{self._where}: stage {label!r} averages {members[0].arm}/{members[0].label} and "
+                    f"{member.arm}/{member.label}, which cannot be averaged: of the second {'; '.join(found)}: only "
+                    "models of one architecture, vocabulary, tokenizer and held-out documents have a mean"
+                )
 
     # -- words -------------------------------------------------------------------------------------------------------
 
@@ -319,7 +333,11 @@ class _Arm:
             raise type(error)(f"{self._where}: {error}") from None
 
     def _with_caps(self, config: RunConfig, own: list[_Own], begun: int, ledger: Ledger | None) -> RunConfig:
-        """The config with the mixtures that caps leave. Lengths don't depend on them."""
+        """The config with the mixtures that caps leave. Lengths don't depend on them.
+
+        A cap is on what is read: on shares of samples, whatever the stage's weights are shares of, and of a padded one
+        an epoch is a sample of each of its documents.
+        """
         free = {name: section.model_copy(update={"dry": "repeat"}) for name, section in config.sources.items()}
         run = self._resolved(config.model_copy(update={"sources": free}), ledger, [], sources_of=config)
         sizes = {name: source.epoch_tokens for name, source in run.sources.items()}
@@ -330,13 +348,22 @@ class _Arm:
                 continue
             section, where = stages[number], f"{self._where}: stage {one.words.name!r}"
             cap = one.stage.cap
-            stage_tokens = run.schedule.stages[number].tokens
-            over = {"run": run.schedule.tokens, "stage": stage_tokens}.get(str(cap.over)) or int(cap.over)
-            mixture = {name: Fraction(weight) for name, weight in (section.mixture or {}).items()}
-            flat = MixtureWords(groups, sizes, section.within, where).flat(mixture)
-            result = capped(flat, sizes, cap.epochs, over, where)
-            stages[number] = section.model_copy(update={"mixture": dict(result.shares), "within": {}})
-            self._notes.setdefault(one.words.name, []).append(result.words(cap.epochs, over))
+            stage = run.schedule.stages[number]
+            over = {"run": run.schedule.tokens, "stage": stage.tokens}.get(str(cap.over)) or int(cap.over)
+            epochs, of = dict(sizes), ""
+            if stage.documents is not None:
+                epochs |= {name: epoch.samples * stage.documents.seq_length for name, epoch in stage.padded.items()}
+            if stage.documents is not None or section.weigh_by != "samples":
+                flat, of = {name: stage.weights.weight(name, 0) for name in stage.weights.sources}, " of samples"
+            else:
+                mixture = {name: Fraction(weight) for name, weight in (section.mixture or {}).items()}
+                flat = MixtureWords(groups, sizes, section.within, where).flat(mixture)
+            result = capped(flat, epochs, cap.epochs, over, where)
+            update = {"mixture": dict(result.shares), "within": {}, "weigh_by": "samples"}
+            stages[number] = section.model_copy(update=update)
+            notes = self._notes.setdefault(one.words.name, [])
+            notes += [note for note in stage.notes if OF_LOSS_TOKENS in note]
+            notes.append(result.words(cap.epochs, over, of))
         return config.model_copy(update={"stages": stages})
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -16,7 +17,7 @@ HARNESS = "harness"
 """The suite of a list of lm-evaluation-harness' own tasks."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-Tokens = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+Tokens = Annotated[int, BeforeValidator(partial(parse_count, of="tokens")), Field(ge=1)]
 Prompts = str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
@@ -25,6 +26,15 @@ class LossSection(Section):
 
     tokens: Tokens = Field(100_000, description="of each source, as far as it holds so many out")
     sources: list[str] = Field(default_factory=list, description="only these; default all that have data")
+
+
+def _loss_words(value: Any) -> Any:
+    """results.loss as a table, or None: true stands for an empty table, false for none."""
+    if isinstance(value, bool):
+        return {} if value else None
+    if value is not None and not isinstance(value, dict | LossSection):
+        raise ValueError('is true, false, or a table such as { tokens = "100K", sources = ["web"] }')
+    return value
 
 
 class SuiteSection(Section):
@@ -41,6 +51,9 @@ class SuiteSection(Section):
     trust_task_code: bool = Field(False, description="run the Python code that files of include_path name")
     limit: int | None = Field(None, ge=1, description="at most so many items of a task, for a trial")
     questions: int = Field(200, ge=1, description="heldout: of each source")
+    sources: list[str] = Field(
+        default_factory=list, description="heldout: only these; default all with enough held-out documents"
+    )
     passages: int = Field(40_000, ge=1, description="heldout: characters of each source, for bits a byte")
     samples: int = Field(1, ge=1, description="code tasks: of each problem")
     pass_at: list[int] = Field(default_factory=lambda: [1], min_length=1, description="code tasks: the k of pass@k")
@@ -71,6 +84,8 @@ class SuiteSection(Section):
             raise ValueError(f"{self.name}: says no task: give tasks = [names]")
         if self.of == HELDOUT and self.tasks:
             raise ValueError('suite "heldout" has one task a source: leave tasks out')
+        if self.sources and self.of != HELDOUT:
+            raise ValueError(f'sources is for the suite "heldout": leave it out of {self.name}')
         if self.data and self.of in (HELDOUT, HARNESS):
             raise ValueError("data holds the files of a suite: leave it out, or name the suite")
         if (most := max(self.pass_at)) > self.samples or min(self.pass_at) < 1:
@@ -122,7 +137,9 @@ class ResultsSection(Section):
     """What is measured, and at which nodes. Files are relative to the study file."""
 
     nodes: Literal["ends", "all"] = Field("ends", description="ends of arms, or every training stage and average")
-    loss: bool | LossSection = Field(True, description="by source, on held-out documents")
+    loss: Annotated[LossSection | None, BeforeValidator(_loss_words)] = Field(
+        default_factory=LossSection, description="true, false or a table: by source, on held-out documents"
+    )
     suites: list[SuiteSection] = Field(default_factory=list, description="each as { name = … }")
     samples: SamplesSection | None = Field(None, description="generated texts")
     win_rate: WinRateSection | None = Field(None, description="against the baseline")
@@ -137,9 +154,7 @@ class ResultsSection(Section):
     @property
     def loss_of(self) -> LossSection | None:
         """How losses by source are measured; None where they are not."""
-        if isinstance(self.loss, LossSection):
-            return self.loss
-        return LossSection() if self.loss else None
+        return self.loss or None
 
     @model_validator(mode="after")
     def _check(self) -> ResultsSection:

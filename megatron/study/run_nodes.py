@@ -17,10 +17,11 @@ from typing import Protocol
 
 from megatron.config.errors import EXIT_BUG, EXIT_CHECKPOINT, EXIT_DONE, EXIT_REQUEUE, StagemixError
 from megatron.launch.attempts import read_exit, reason_words
-from megatron.launch.child_process import ChildProcess
+from megatron.launch.child_process import ChildProcess, last_lines
 from megatron.launch.living_run import is_claimed, living_process
 from megatron.study.due_tasks import Task, Tasks, urgency
 from megatron.study.node_config import node_folder, node_words, study_folder, write_node
+from megatron.study.node_parts import EVALUATION_LOG, Evaluated
 from megatron.study.node_progress import NodeProgress
 from megatron.study.node_state import is_evaluated, title, trained_checkpoint
 from megatron.study.plan import PlannedStudy
@@ -140,7 +141,8 @@ class NodeRunner:
             return
         ready = sorted(self._ready(), key=lambda task: self._urgency[task], reverse=True)
         while ready and (free := self._free()):
-            count = 1 if ready[0].kind != "evaluate" else -(-len(ready) // len(free))
+            # what is evaluated at once shares a process; the share of a slot that still trains waits for it
+            count = 1 if ready[0].kind != "evaluate" else -(-len(ready) // self._options.at_once)
             self._begin(tuple(ready[:count]), free[0])
             del ready[:count]
 
@@ -207,7 +209,7 @@ class NodeRunner:
 
     def _ended(self, one: Running, child: ChildProcess, code: int) -> None:
         task, name = one.task, title(self._planned.graph, one.task.node)
-        if self._is_done(task) and (code == EXIT_DONE or self._has_results(task, child)):
+        if self._is_done(task) and (code == EXIT_DONE or self._ended_well(task, child, code)):
             self._well(one)
             return
         if code and task.kind == "train" and not self._asked and (where := self._foreign(task, child)):
@@ -238,6 +240,9 @@ class NodeRunner:
         what = {"train": "trained", "average": "averaged", "evaluate": "evaluated"}[one.task.kind]
         loss = one.progress.words() if one.progress is not None else ""
         seconds = time.time() - one.began
+        if one.task.kind == "evaluate":  # of the node alone: its process may have been at others, too
+            folder = node_folder(self._planned, one.task.node)
+            seconds = Evaluated(folder).seconds_since(one.began - 1) or seconds
         self._watcher.say(f"{title(self._planned.graph, one.task.node)}: {what} in {seconds:.0f} s{loss}")
 
     def _is_done(self, task: Task) -> bool:
@@ -245,16 +250,25 @@ class NodeRunner:
             return is_evaluated(self._planned, task.node)
         return trained_checkpoint(self._planned, task.node) is not None
 
-    def _has_results(self, task: Task, child: ChildProcess) -> bool:
-        """Whether a process that failed over another node had evaluated this one before."""
-        results = node_folder(self._planned, task.node).results
-        return task.kind == "evaluate" and results.stat().st_mtime >= child.started - 1
+    def _ended_well(self, task: Task, child: ChildProcess, code: int) -> bool:
+        """Whether a done task's process ended well, whatever its exit code: it failed over another node when it had
+        evaluated this one, or was asked to stop as it had just trained all."""
+        folder = node_folder(self._planned, task.node)
+        if task.kind == "evaluate":
+            failed = Evaluated(folder).failures_since(child.started - 1)
+            return not failed and folder.results.stat().st_mtime >= child.started - 1
+        record = read_exit(folder.path) if task.kind == "train" else None
+        if record is not None and record.time >= child.started - 1 and record.code == EXIT_DONE:
+            return True
+        return code == EXIT_REQUEUE or bool(self._asked and code > 128)
 
     def _foreign(self, task: Task, child: ChildProcess) -> str:
         where = self._other(task)
         return "" if where.startswith(f"pid {child.pid} ") else where
 
     def _why(self, task: Task, child: ChildProcess, code: int) -> Ended:
+        if task.kind == "evaluate" and (own := self._of_its_parts(task, child)) is not None:
+            return own
         lines = child.last_lines(_LAST_LINES)
         said = [line.partition("error: ")[2] for line in lines if "error: " in line]
         reason = said[-1] if said else lines[-1] if lines else "it said nothing"
@@ -270,6 +284,16 @@ class NodeRunner:
             left = "results.json" if task.kind == "evaluate" else "a whole checkpoint at its end"
             reason = f"it ended well, and left no {left}"
         return Ended(task, code, reason, child.log, lines)
+
+    def _of_its_parts(self, task: Task, child: ChildProcess) -> Ended | None:
+        """Why a node's evaluation failed, by the node's own record and log: the process' log is of several nodes."""
+        folder = node_folder(self._planned, task.node)
+        failed = Evaluated(folder).failures_since(child.started - 1)
+        if not failed:
+            return None
+        log = folder.path / EVALUATION_LOG
+        words = [f"{part}: {reason}" for part, (_, reason) in failed.items()]
+        return Ended(task, next(iter(failed.values()))[0], "; ".join(words), log, last_lines(log, _LAST_LINES))
 
     def _block(self, task: Task) -> None:
         """Everything that needs a task, over others, too; tasks come after those that they need."""

@@ -35,7 +35,7 @@ def _name(value: Any) -> Any:
 
 
 def _over(value: Any) -> Any:
-    return value if value in ("run", "stage") else parse_count(value)
+    return value if value in ("run", "stage") else parse_count(value, "tokens")
 
 
 Seed = Annotated[int, BeforeValidator(_seed)]

@@ -1,4 +1,4 @@
-"""What arms share, what they fail to share and why, and which of them differ in nothing but order."""
+"""What arms share, and what they fail to share and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.study.graph import Graph
 from megatron.study.identity import Document
 from megatron.study.mixture_in_words import mixture_in_words
 from megatron.study.overrides import Override
-from megatron.study.steps import ResolvedArm, Step, TrainStep, trained
+from megatron.study.steps import ResolvedArm, TrainStep
 from megatron.study.what_counts import ruling_of
 
 _ORDER = (
@@ -142,7 +142,7 @@ def _shown(key: str, value: Any) -> str:
     return words if len(words) <= 80 else words[:79] + "…"
 
 
-# -- arms that are the same, and arms with the same aggregate ----------------------------------------------------------
+# -- arms that are the same -----------------------------------------------------------------------------------------
 
 
 def same_arms(graph: Graph) -> list[tuple[str, ...]]:
@@ -153,75 +153,6 @@ def same_arms(graph: Graph) -> list[tuple[str, ...]]:
         if arm.seed == seed:
             groups.setdefault(arm.path[-1], []).append(arm.name)
     return [tuple(names) for names in groups.values() if len(names) > 1]
-
-
-@dataclass(frozen=True)
-class SameAggregate:
-    """Arms whose samples and tokens of each source are equal over the whole arm, in different orders."""
-
-    arms: tuple[str, ...]
-    samples: Mapping[str, int]
-    tokens: Mapping[str, int]
-
-
-def totals(step: Step) -> tuple[dict[str, int], dict[str, int]]:
-    """(samples, tokens) of each source over the training stages behind a step."""
-    samples: dict[str, int] = {}
-    tokens: dict[str, int] = {}
-    for one in trained(step):
-        for name, count in one.stage.counts.items():
-            samples[name] = samples.get(name, 0) + count
-            tokens[name] = tokens.get(name, 0) + one.stage.source_tokens[name]
-    return samples, tokens
-
-
-def same_aggregates(arms: Mapping[str, ResolvedArm]) -> list[SameAggregate]:
-    """Groups of arms that are tests of order and of nothing else in their data."""
-    groups: dict[str, list[ResolvedArm]] = {}
-    for arm in arms.values():
-        if not isinstance(arm.end, TrainStep):
-            continue
-        samples, tokens = totals(arm.end)
-        groups.setdefault(repr((sorted(samples.items()), sorted(tokens.items()))), []).append(arm)
-    found = []
-    for members in groups.values():
-        orders = {_order(arm.end) for arm in members}
-        if len(orders) > 1:
-            samples, tokens = totals(members[0].end)
-            found.append(SameAggregate(tuple(arm.name for arm in members), samples, tokens))
-    return found
-
-
-def _order(step: Step) -> str:
-    """What decides the order of samples, whatever it is cut into."""
-    return repr(
-        [
-            (one.stage.weights.to_json(), one.stage.samples, one.stage.shapes.to_json(), one.stage.cursor)
-            for one in trained(step)
-        ]
-    )
-
-
-def unequal_controls(arms: Mapping[str, ResolvedArm]) -> list[str]:
-    """Stages that are the reverse or the aggregate of another that an arm trains, and whose totals differ from it."""
-    steps = {step.label: step for arm in arms.values() for step in arm.steps if isinstance(step, TrainStep)}
-    words = []
-    for label, step in steps.items():
-        section = step.section
-        single = section.aggregate_of if section.aggregate_of and len(section.aggregate_of) == 1 else [None]
-        of = section.reverse or single[0]
-        twin = steps.get(of or "")
-        if twin is None or twin.stage.samples != step.stage.samples:
-            continue
-        mine, theirs = step.stage.counts, twin.stage.counts
-        off = {n: mine.get(n, 0) - theirs.get(n, 0) for n in {*mine, *theirs} if mine.get(n, 0) != theirs.get(n, 0)}
-        if off:
-            each = ", ".join(f"{name} {count:+,}" for name, count in sorted(off.items()))
-            words.append(
-                f"stage {label!r} is a control of the order of {of!r}, and its samples differ: {each}: choose lengths "
-                "that the phases divide into whole samples"
-            )
-    return words
 
 
 def _names(names: Sequence[str]) -> str:

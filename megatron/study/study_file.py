@@ -78,7 +78,7 @@ def check_stage(tables: dict[str, Any], key: str, place: str) -> StudyStage:
 def nearest(name: str, known: Iterable[str], of: str = "there are") -> str:
     """Words for an unknown name: the nearest that is known, else all of them."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6 if len(name) > 3 else 0.5)
     return f"did you mean {near[0]!r}?" if near else f"{of}: {', '.join(names) or 'none'}"
 
 

@@ -14,18 +14,17 @@ from megatron.study.node_state import DONE, NodeState, study_states
 from megatron.study.plan import PlannedStudy
 from megatron.study.slurm_nodes import jobs_of, queued_words
 from megatron.study.study_record import StudyRecord, edits_of, read_record, unneeded_words
-from megatron.study.verification import disk_bytes, index_building, verify
+from megatron.study.verification import disk_bytes, index_building, skipped_updates, verify
 
 
 def study_status(planned: PlannedStudy, now: float | None = None, queue: Queue | None = None) -> dict[str, Any]:
     """The status of a study.
 
     Keys: "study", "file", "output", "now"; "nodes", a NodeState each with "label", "seed", "arms", "kind",
-    "tokens_planned" and "evaluation" ("done", "due", ""); "counts" by state; "arms", each with "done" and the label of
-    the stage "at"; "tokens" trained, left, planned; "seconds_left" at the pace of what trains now;
-    "verification" from ledgers; "indexes"; "disk_bytes"; "unneeded" nodes; "edits" that the next run would refuse;
-    "jobs" that were submitted to SLURM;
-    "notes".
+    "tokens_planned", "skipped" (steps without an update) and "evaluation" ("done", "due", ""); "counts" by state;
+    "arms", each with "done", "evaluated" and the label of the stage "at"; "tokens" trained, left, planned;
+    "seconds_left" at the pace of what trains now; "verification" from ledgers; "indexes"; "disk_bytes"; "unneeded"
+    nodes; "edits" that the next run would refuse; "jobs" that were submitted to SLURM; "notes".
 
     Raises DataError.
     """
@@ -82,6 +81,7 @@ def _node(planned: PlannedStudy, state: NodeState, due: bool) -> dict[str, Any]:
         "kind": node.kind,
         "arms": list(node.arms),
         "tokens_planned": node.tokens,
+        "skipped": skipped_updates(planned, state.id)[0] if node.kind == "train" else 0,
         "evaluation": "done" if state.state == "evaluated" else "due" if due else "",
     }
 

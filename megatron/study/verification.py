@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.data.index_cache import builds_of
 from megatron.data.ledger import StageRecord
-from megatron.metrics.row_tail import objects_in, without_repeats
+from megatron.metrics.row_tail import objects_in, read_tail, without_repeats
 from megatron.study.graph import PlacedArm
 from megatron.study.node_config import node_folder, study_folder
 from megatron.study.node_state import NodeState, children_of, trained_checkpoint
@@ -22,7 +22,8 @@ from megatron.study.steps import TrainStep
 class Verification:
     """trained: tokens by ledgers, of every node that is done, once · planned: of the same nodes by the plan · naive: of
     the arms that are done, each alone, by ledgers · naive_planned: by the plan · arms, of: how many are done ·
-    redone_steps, redone_tokens: trained twice, after kills · faults: where a ledger says something else than the plan.
+    redone_steps, redone_tokens: trained twice, after stops or damage · faults: where a ledger says something else than
+    the plan · skipped: nodes with steps that made no update, in words · padding: of `trained`, positions without token.
     """
 
     trained: int
@@ -34,6 +35,8 @@ class Verification:
     redone_steps: int
     redone_tokens: int
     faults: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    padding: int = 0
 
     @property
     def ratio(self) -> float | None:
@@ -55,6 +58,7 @@ def verify(planned: PlannedStudy, states: Mapping[str, NodeState]) -> Verificati
     arms = [arm for arm in graph.arms if states[arm.path[-1]].done]
     needed = graph.needed(arm.path[-1] for arm in arms)
     counted: dict[str, int] = {}
+    padding = 0
     faults: list[str] = []
     for name in (name for name in graph.nodes if name in needed):
         node = graph.nodes[name]
@@ -67,6 +71,7 @@ def verify(planned: PlannedStudy, states: Mapping[str, NodeState]) -> Verificati
             counted[name] = 0
             continue
         counted[name] = record.stage_shapes.tokens_at(record.samples)
+        padding += sum(use.padding for use in record.use.values())
         faults += [f"{node.label} {name[:8]}: {words}" for words in _differences(record, node.step)]
     once, naive = sum(counted.values()), sum(_alone(planned, arm, counted) for arm in arms)
     redone = [_redone(node_folder(planned, name).path) for name in needed]
@@ -80,6 +85,8 @@ def verify(planned: PlannedStudy, states: Mapping[str, NodeState]) -> Verificati
         sum(steps for steps, _ in redone),
         sum(tokens for _, tokens in redone),
         tuple(faults),
+        tuple(skipped_words(planned)),
+        padding,
     )
 
 
@@ -136,8 +143,49 @@ def _redone(folder: Path) -> tuple[int, int]:
         content = (folder / "metrics.discarded.jsonl").read_bytes()
     except OSError:
         return 0, 0
-    rows = without_repeats([row for row in objects_in(content) if "consumed_tokens" in row and "step" in row])
+    rows = without_repeats([row for row in objects_in(content) if _of_step(row)])
     return len(rows), sum(int(row.get("tokens", 0)) for row in rows)
+
+
+def _of_step(row: Mapping[str, Any]) -> bool:
+    """Whether a row of metrics is a step's, and not of looking at held-out documents or of an evaluation."""
+    return "consumed_tokens" in row and "step" in row and "validation" not in row and "evaluation" not in row
+
+
+# -- steps without an update -------------------------------------------------------------------------------------------
+
+
+def skipped_updates(planned: PlannedStudy, name: str) -> tuple[int, int]:
+    """(steps without an update, steps) of a node's own, as far as it is trained: gradients were not finite, or a spike
+    was skipped. Of the first and the last row of its metrics, whose "skipped_total" counts; (0, 0) where there is none.
+
+    Weights of a node most of whose steps made no update are those that it began with, whatever its ledger says.
+    """
+    path = node_folder(planned, name).path / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            first = next((row for line in file for row in objects_in(line) if _of_step(row)), None)
+        tail = read_tail(path, at_least=1 << 17)
+        if "skipped_total" not in tail.last:
+            tail = read_tail(path)
+    except OSError:
+        return 0, 0
+    if first is None or not tail.steps:
+        return 0, 0
+    last = tail.last
+    steps = int(last["step"]) - int(first["step"]) + 1
+    if "skipped_total" in first and "skipped_total" in last:
+        return int(last["skipped_total"]) - int(first["skipped_total"]) + bool(first.get("skipped")), steps
+    return sum(bool(row.get("skipped")) for row in tail.steps), steps
+
+
+def skipped_words(planned: PlannedStudy) -> Iterator[str]:
+    """Of every node with steps that made no update: how many of how many, and which arms have them behind them."""
+    for name, node in planned.graph.nodes.items():
+        skipped, steps = skipped_updates(planned, name) if node.kind == "train" else (0, 0)
+        if skipped:
+            seed = f", seed {node.seed}" if len({one.seed for one in planned.graph.nodes.values()}) > 1 else ""
+            yield f"{node.label} {name[:8]}{seed}: {skipped:,} of {steps:,} steps; arms {', '.join(node.arms)}"
 
 
 # -- indexes and disk --------------------------------------------------------------------------------------------------

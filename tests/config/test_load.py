@@ -47,6 +47,33 @@ mixture = { web = 1 }
 """
 
 
+UNITS = {
+    "stages.two.steps=30 tokens": "or say tokens = 30 instead",
+    "stages.one.tokens=1.5K steps": "or say steps = 1500 instead",
+    "stages.one.tokens=30 samples": "or say samples = 30 instead",
+    "stages.one.tokens=10%": "or say share = 0.1 instead",
+    "train.tokens=30 steps": "a count of tokens, and '30 steps' counts steps",
+    "sources.web.tokens=30 steps": "a count of tokens, and '30 steps' counts steps",
+    "stages.one.mixture_tokens={web='3 steps'}": "a count of tokens, and '3 steps' counts steps",
+}
+
+
+@pytest.mark.parametrize("override", UNITS)
+def test_B1_a_count_in_another_unit_is_refused_by_name(file: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=UNITS[override]):
+        load_config(file, [override])
+    config = load_config(file, ["stages.two.steps=30 steps", "stages.one.tokens=1K tokens"])
+    assert (config.stages[1].steps, config.stages[0].tokens) == (30, 1000)
+
+
+def test_B1_a_quoted_name_of_a_table_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(TEXT + '\n[sources."../a.b"]\ntokens = "3B"\nslices = 1\n')
+    line = path.read_text().splitlines().index("slices = 1") + 1
+    with pytest.raises(ConfigError, match=rf"run\.toml:{line}: unknown key"):
+        load_config(path)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
@@ -137,4 +164,14 @@ def test_quantities() -> None:
     for wrong in ("5X", "-3", "", "1.5", True, None, 1.5):
         with pytest.raises(ValueError, match=r"quantity|whole|negative"):
             parse_count(wrong)
+    assert parse_count("2K steps", "steps") == 2000 and parse_count("7 samples", "samples") == 7
+    for wrong in ("30 steps", "30 samples", "10%", "2K steps"):
+        with pytest.raises(ValueError, match='this is a count of tokens, and .* write a whole number, or one as "100K'):
+            parse_count(wrong, "tokens")
+    with pytest.raises(ValueError, match="'30 tokens' counts tokens"):
+        parse_count("30 tokens")
+    with pytest.raises(ValueError, match="500 steps"):
+        parse_quantity("30 foo")
+    with pytest.raises(ValueError, match='^(?!.*500 steps).*"100K tokens"'):
+        parse_count("30 foo", "tokens")
     assert [format_count(n) for n in (0, 999, 1234, 5 * 10**9)] == ["0", "999", "1.23K", "5B"]

@@ -186,6 +186,25 @@ def test_a_stage_that_refers_to_one_by_loss_tokens_has_its_samples(corpora: Path
     assert "of loss tokens" not in notes(run)
 
 
+def test_whole_loss_of_what_has_no_weight_is_told(corpora: Path) -> None:
+    said = notes(resolved(corpora, SFT | {"whole_loss": ["text"]}))
+    assert "whole_loss names 'text', which has no weight in the stage: it changes nothing" in said
+    assert "changes nothing" not in notes(resolved(corpora, SFT | WHOLE))
+
+
+def test_B1_a_truncation_that_leaves_no_target_is_the_cause_that_is_told(corpora: Path) -> None:
+    late: list[Document] = [([1] * 40, [0] * 30 + [1] * 10)] * 20
+    write_masked(corpora / "chat", late)
+    stage = SFT | {"mixture": {"chat": 1}, "packing": "padded", "too_long": "truncate"}
+    with pytest.raises(
+        ConfigError, match=r"more than 16 tokens.*cut off \(too_long = 'truncate'\).*seq_length above 16"
+    ):
+        resolved(corpora, stage)
+    write_masked(corpora / "chat", [(ids, [0] * 40) for ids, _ in late])
+    with pytest.raises(ConfigError, match="none of the .* trained on: look at it"):
+        resolved(corpora, stage)
+
+
 def test_the_plan_says_what_is_learned(corpora: Path) -> None:
     plan = plan_of(resolved(corpora, SFT | WHOLE))
     words = "\n".join(plan["stages"][0]["notes"])

@@ -56,6 +56,19 @@ def test_B1_too_few_documents_are_named() -> None:
         make_questions("web", ["0 1 2 3 " * 500] * 6, 10)
 
 
+def test_sources_that_cannot_be_asked_about_are_left_out_and_named(tmp_path: Path, texts: dict[str, list[str]]) -> None:
+    given = {**texts, "chat": ["short"] * 9}
+    left_out: dict[str, str] = {}
+    tasks = write_held_out_tasks(tmp_path, given, 20, 4000, left_out=left_out)
+    assert {task.source for task in tasks} == set(texts) and list(left_out) == ["chat"]
+    assert "0 held-out documents of at least 440 characters, among 9" in left_out["chat"]
+    assert not list(tmp_path.glob("*chat*"))
+    with pytest.raises(DataError, match="source chat"):  # where it was named
+        write_held_out_tasks(tmp_path, given, 20, 4000)
+    with pytest.raises(DataError, match="nothing can be asked"):
+        write_held_out_tasks(tmp_path, {"chat": ["short"] * 9}, 20, 4000, left_out=left_out)
+
+
 def test_tasks_are_written_for_every_source(texts: dict[str, list[str]], tmp_path: Path) -> None:
     named = {"code": texts["code"], "web/pages!": texts["text"]}
     tasks = write_held_out_tasks(tmp_path, named, 20, 4000)

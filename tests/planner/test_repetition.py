@@ -168,6 +168,28 @@ def test_warnings_come_by_gravity_and_name_what_they_mean(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("steps", "said"), [(100, None), (101, "a for 1.01 epochs"), (250, "a for 2.50 epochs"), (400, "a for 4 epochs")]
+)
+def test_more_than_an_epoch_is_said_as_it_is(tmp_path: Path, steps: int, said: str | None) -> None:
+    stage = {"name": "s", "steps": steps, "mixture": {"a": 1}, "lr": {"peak": 1e-3}}
+    config = run_config(tmp_path, {"a": {"tokens": 6400, "max_epochs": 9}}, [stage])
+    found = warnings_of(plan_of(resolve_run(config), config.stages), "bytes")
+    texts = [row["text"] for row in found if row["kind"] == "repetition"]
+    assert texts == ([f"trained on more than once by the run's end: {said}"] if said else [])
+
+
+def test_a_batch_more_than_an_epoch_is_not_a_whole_number(tmp_path: Path) -> None:
+    stage = {"name": "s", "steps": 1003, "mixture": {"a": 1}, "lr": {"peak": 1e-3}}
+    config = run_config(tmp_path, {"a": {"tokens": 64000, "max_epochs": 9}}, [stage])
+    (text,) = [
+        row["text"]
+        for row in warnings_of(plan_of(resolve_run(config), config.stages), "bytes")
+        if row["kind"] == "repetition"
+    ]
+    assert text.endswith("a for 1.0030 epochs")
+
+
+@pytest.mark.parametrize(
     ("rate", "take", "gravity"),
     [
         ({"peak": 1e-3, "shape": "constant", "warmup": "10 steps"}, {"optimizer": "fresh"}, "low"),

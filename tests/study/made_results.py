@@ -134,6 +134,7 @@ def _metrics(study: PlannedStudy, name: str) -> None:
                 "step_seconds": 0.1,
                 "grad_norm": 1.0,
                 "skipped": False,
+                "skipped_total": 0,
             }
         )
         if number % 10 == 9:

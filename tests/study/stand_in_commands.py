@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.manifest import manifest_bytes, sha256_of
+from megatron.checkpoint.manifest import check_bytes, manifest_bytes, read_manifest, sha256_of
 from megatron.config.errors import StagemixError
 from megatron.config.load import load_config
 from megatron.data.ledger import Ledger
@@ -121,11 +121,13 @@ class Training:
         """state.json of what it goes on from."""
         own = [one for one in newest_checkpoints(self.output)[0] if not one.fault]
         if own:
+            check(own[0].path)
             return own[0].state
         if self.resume_from is None:
             return {}
         found = checkpoint_at(self.resume_from)
         assert found is not None and not found.fault, self.resume_from
+        check(found.path)
         aside = self.output / "checkpoints" / ".aside"
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(found.path, aside)
@@ -155,6 +157,12 @@ def save(path: Path, step: int, data: dict[str, Any], weights: str, kept: bool) 
     aside.rename(path)
 
 
+def check(path: Path) -> None:
+    """Reads a checkpoint as whoever uses it does. Raises CheckpointError where bytes are others than were written."""
+    files = read_manifest(path)["files"]
+    check_bytes(path, files, sorted(files))
+
+
 def average(words: list[str]) -> int:
     """Of the checkpoints that the words name."""
     options = list(zip(words[::2], words[1::2], strict=True))
@@ -163,6 +171,8 @@ def average(words: list[str]) -> int:
     shares = [value for name, value in options if name == "--weight"]
     states = [member.state for member in members if member is not None and not member.fault]
     assert len(states) == len(members) == len(shares), words
+    for member in members:
+        check(member.path)  # type: ignore[union-attr]
     parts = sorted(f"{state['weights']} {share}" for state, share in zip(states, shares, strict=True))
     weights = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     save(output, states[0]["step"], states[0]["data"], weights, True)
@@ -172,6 +182,8 @@ def average(words: list[str]) -> int:
 def evaluate(words: list[str]) -> int:
     """results.json of nodes."""
     from megatron.study.node_config import node_folder
+    from megatron.study.node_parts import EVALUATION_LOG, Evaluated, Part
+    from megatron.study.node_results import NodeResults, write_results
     from megatron.study.node_state import trained_checkpoint
     from megatron.study.plan import plan_study
 
@@ -179,11 +191,30 @@ def evaluate(words: list[str]) -> int:
     for node in (words[n + 1] for n, word in enumerate(words) if word == "--node"):
         found = trained_checkpoint(planned, node)
         assert found is not None, node
-        if FAULT and FAULT in f"evaluate-{planned.graph.nodes[node].label}":
-            code = code or int(CODE)
+        folder, label = node_folder(planned, node), planned.graph.nodes[node].label
+        done, part = Evaluated(folder), Part("export", "export", node, "export.txt")
+        (folder.path / EVALUATION_LOG).write_text(f"the log of {label}\n")
+        try:
+            check(found.path)
+            if FAULT and FAULT in f"evaluate-{label}":
+                raise Told(f"{label} was told to fail")
+        except StagemixError as error:
+            done.failed(part, error.exit_code, str(error))
+            code = code or error.exit_code
             continue
-        node_folder(planned, node).results.write_text(json.dumps({"weights": found.state["weights"]}))
+        (folder.path / part.file).write_text("exported")
+        done.done(part, 3000.0 + found.step)
+        weights, at = str(found.state["weights"]), found.path.relative_to(folder.path).as_posix()
+        write_results(
+            folder.results, NodeResults(node, label, 7, (), 0, at, weights, part.file, (), {}, {}, None, asked={})
+        )
     return code
+
+
+class Told(StagemixError):
+    """With the exit code that STAND_IN_FAULT says."""
+
+    exit_code = int(CODE or 1)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,33 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no lr": (tables(PLAIN, {"init": {"steps": 3, "mixture": {"web": 1}}}), ("arm 'a'", "has no lr")),
     "runs dry": (tables(PLAIN, {"init": stage(mixture={"rust": 1}, steps=90_000)}), ("arm 'a'", "'rust' runs dry")),
     "average of one": (averaging(average=["a/init"]), ("names 'a/init' alone", "last = 2")),
+    "average of two models": (
+        tables(
+            {**PLAIN, "b": {"stages": ["init"], "set": {"model.hidden_size": 64}}}
+            | {"m": {"stages": [{"name": "soup", "average": ["a", "b"]}]}},
+            STAGES,
+        ),
+        ("arm 'm'", "'soup' averages a/init and b/init", "model.hidden_size is 64, not 32"),
+    ),
+    "average of two held-out sets": (
+        tables(
+            {**PLAIN, "b": {"stages": ["init"], "set": {"validation.fraction": Decimal("0.1")}}}
+            | {"m": {"stages": [{"name": "soup", "average": ["a", "b"]}]}},
+            STAGES,
+        ),
+        ("arm 'm'", "validation.fraction is 0.1, not 0"),
+    ),
+    "average of one node": (
+        tables({**PLAIN, "b": {"stages": ["init"]}, "m": {"stages": [{"name": "x", "average": ["a", "b"]}]}}, STAGES),
+        ("study.toml:", "arm 'm'", "one and the same node"),
+    ),
+    "units": (tables(PLAIN, {"init": stage(steps="30 tokens")}), ("say tokens = 30 instead",)),
+    "unit of a cap": (
+        tables(PLAIN, {"init": stage(cap={"epochs": 1, "over": "7 steps"})}),
+        ("cap.over", "a count of tokens, and '7 steps' counts steps"),
+    ),
+    "unit of losses": (tables(PLAIN, STAGES, results={"loss": {"tokens": "5 steps"}}), ("'5 steps' counts steps",)),
+    "far name": (arms(b={"from": "nope/init", "stages": ["cool"]}), ("there is no arm 'nope'", "arms are: a, b")),
     "average of nothing": (averaging(average=["a/init", "c/init"]), ("average = 'c/init'", "no arm 'c'")),
     "average weights": (averaging(average=["a/init", "a"], weights=[1]), ("1 weights for 2 checkpoints",)),
     "average that trains": (averaging(last=2, steps=3), ("trains nothing", "leave steps out")),

@@ -12,16 +12,20 @@ import pytest
 from study.made_evaluation import BENCH, RESULTS, Process, do, end_of, planned_study, write_corpora
 from tiny_run import train
 
+from megatron.commands.study import main
 from megatron.config.errors import CheckpointError, ConfigError, DataError
 from megatron.evaluation.comparison import compare_results
 from megatron.evaluation.held_out_text import held_out_documents
 from megatron.evaluation.results import read_record
 from megatron.study import node_evaluation
+from megatron.study.due_tasks import Task, due_tasks
 from megatron.study.node_config import node_folder, node_words, write_node
 from megatron.study.node_evaluation import evaluate_study, evaluation_is_current
+from megatron.study.node_folder import NodeFolder
 from megatron.study.node_parts import REQUEST, Evaluated, Request, read_request, weights_of
 from megatron.study.node_questions import Questions
 from megatron.study.node_results import NodeResults, read_results
+from megatron.study.node_state import is_evaluated
 from megatron.study.plan import PlannedStudy
 from megatron.tokenizers.byte_level import ByteTokenizer
 
@@ -265,7 +269,7 @@ def test_a_process_that_is_killed_costs_the_node_that_it_was_killed_over(
 
 def test_a_part_that_fails_is_on_record_and_the_others_are_done(study: Path) -> None:
     """The real command on a request: an unknown special token in one part; what is before and behind it is done."""
-    from megatron.commands.evaluate_node import main
+    from megatron.commands import evaluate_node
 
     planned = planned_study(
         study, {"loss": {"tokens": "1K"}, "samples": {"prompts": ["a"], "begin_with": "<x>"}}, "f.toml"
@@ -276,9 +280,57 @@ def test_a_part_that_fails_is_on_record_and_the_others_are_done(study: Path) -> 
     request = Request(name, "code", str(folder.path), str(folder.checkpoint(4)), (parts[2], parts[1]))
     node_evaluation.write_request(folder.path / REQUEST, request)
     assert read_request(folder.path / REQUEST) == request
-    assert main([str(folder.path / REQUEST)]) == 2
+    assert evaluate_node.main([str(folder.path / REQUEST)]) == 2
     done = Evaluated(folder)
     assert "begin-with <x>" in done.failure(parts[2]) and done.holds(parts[1]) and not done.holds(parts[2])
+
+
+def test_what_succeeded_is_in_the_results_and_what_failed_is_named(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(request: Request) -> int:
+        for part in request.parts:
+            Evaluated(NodeFolder(Path(request.folder))).failed(part, 3, "too few documents")
+        return 3
+
+    asked = {**RESULTS, "suites": [{**RESULTS["suites"][0], "limit": 1}]}
+    planned = planned_study(study, asked)
+    before = _results(planned, "code")
+    process, said = Process(monkeypatch, act), list[str]()
+    assert evaluate_study(planned, say=said.append) == 3
+    found = _results(planned, "code")
+    assert found.failed == {"stage-study": "too few documents"} and found.loss == before.loss
+    assert set(found.suites) == {"loss"} and found.samples == before.samples and found.win_rate == before.win_rate
+    assert any("without stage-study, which failed" in line for line in said)
+    name = end_of(planned, "code")
+    assert not evaluation_is_current(planned, name) and not is_evaluated(planned, name)
+    assert due_tasks(planned, True) == {Task("evaluate", end_of(planned, arm)): () for arm in ("text", "code")}
+    capsys.readouterr()
+    assert main(["report", str(study / "study.toml"), "--no-run-reports"]) == 0
+    assert "stage-study was not evaluated: too few documents" in (study / "out/report/report.md").read_text()
+    process.asked.clear()
+    assert evaluate_study(planned, ["code"], say=said.append) == 3  # tried again, and that alone
+    assert process.asked == [("code", ("stage-study",))]
+
+
+def test_losses_need_no_export(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real command where the export is refused: losses are of the checkpoint, and the rest says what it needs."""
+    from megatron.commands import evaluate_node, export_hf
+
+    def refuse(words: list[str]) -> int:
+        raise ConfigError("no family has these blocks")
+
+    monkeypatch.setattr(export_hf, "main", refuse)
+    planned = planned_study(study, {**RESULTS, "loss": {"tokens": "1K"}, "export_dtype": "bfloat16"}, "f.toml")
+    monkeypatch.setattr(
+        node_evaluation._Evaluation,
+        "_process",
+        lambda self, requests, nodes=(): evaluate_node.main([str(Path(one.folder) / REQUEST) for one in requests]),
+    )
+    assert evaluate_study(planned, ["code"], say=lambda words: None) == 2
+    found = _results(planned, "code")
+    assert set(found.loss) == {"python", "prose"} and "export" in found.failed
+    assert found.failed["stage-study"] == "it needs the export, which failed" and found.export is None
 
 
 def _weights(planned: PlannedStudy, name: str) -> str:

@@ -32,6 +32,9 @@ FORMS = {
     "doremi.json": '{"train_domain_weights": {"web": 0.5, "python": 0.3, "rust": 0.2}, "eval_domain_weights": {}}',
     "mix.json": '{"mix": {"web": {"weight": 0.5, "factor": 1}, "python": {"weight": 0.3}, "rust": {"weight": 0.2}}}',
     "rows.json": '[{"domain": "web", "ratio": 0.5}, {"name": "python", "weight": 0.3}, {"name": "rust", "share": 0.2}]',
+    "commas.csv": "source;weight\nweb;0,5\npython;0,3\nrust;0,2\n",
+    "bare.csv": "web;0,5\npython;0,3\nrust;0,2\n",
+    "swarm-commas.csv": "web;python;rust\n0,5;0,3;0,2\n",
     "bom.csv": "\ufeffsource,weight\nweb,5e-1\npython,0.3\nrust,0.2\n",
 }  # fmt: skip
 

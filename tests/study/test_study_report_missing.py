@@ -257,8 +257,10 @@ def test_controls_of_order_have_one_aggregate_another_order_and_no_replay(tmp_pa
         assert "the same aggregate: as many samples and tokens of each source, to the sample" in page
         assert "not the same samples in the same order" in page
         assert page.count("0 tokens trained on twice") == 2
+        assert "a test of order: nothing else differs" in page
     html = (tmp_path / "runs/report/index.html").read_text()
-    assert html.count('<td class="left">the same</td><td class="left">another</td><td>5</td><td>0</td>') == 2
+    row = "".join(f'<td class="left">{cell}</td>' for cell in ("the same", "another", "nothing"))
+    assert html.count(f"{row}<td>5</td><td>0</td>") == 2
 
 
 def test_arms_of_other_lengths_are_named(seeds: tuple[PlannedStudy, Path]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from study.made_studies import BASE, LR, planned, stage, tables
 
+from megatron.study.order_controls import totals
 from megatron.study.plan import study_plan
-from megatron.study.sharing import totals
 
 STAGES = {"init": stage(), "on": stage(mixture={"code": 1}), "cool": stage(mixture={"rust": 1})}
 
@@ -122,6 +122,48 @@ def test_arms_with_one_order_are_no_test_of_order(tmp_path: Path) -> None:
     assert plan(tmp_path, tables(arms, PHASES))["same_aggregate"] == []
 
 
+UNLIKE: dict[str, dict[str, Any]] = {
+    "peak 0.002": {"lr": {"peak": Decimal("0.002")}},
+    "objective is instruction": {"objective": "instruction"},
+    "packing is padded": {"packing": "padded", "too_long": "drop"},
+    "seq_length is 8": {"seq_length": 8},
+    "take is optimizer fresh": {"take": {"optimizer": "fresh"}},
+}
+
+
+@pytest.mark.parametrize("said", UNLIKE)
+def test_arms_that_differ_in_more_than_order_are_no_test_of_it(tmp_path: Path, said: str) -> None:
+    phases = {**PHASES, "uniform": PHASES["uniform"] | UNLIKE[said]}
+    base = {**BASE, "sources": {name: one | {"documents": 10_000} for name, one in BASE["sources"].items()}}
+    arms = {name: {"stages": ["other", name]} for name in ("increase", "decrease", "uniform")}
+    found = plan(tmp_path, tables(arms, phases, base=base))
+    (row,) = found["same_aggregate"]
+    assert row["arms"] == ("increase", "decrease")
+    (text,) = warnings(found, "unlike-control")
+    assert "stage 'uniform' has aggregate_of 'increase'" in text and said in text
+    assert found["warnings"] and not warnings(plan(tmp_path, tables(arms, PHASES)), "unlike-control")
+
+
+def test_an_optimizer_of_its_own_and_a_stage_swapped(tmp_path: Path) -> None:
+    stages = {"up": stage(), "down": stage(mixture={"rust": 1})}
+    stages = {name: {key: one[key] for key in one if key != "lr"} for name, one in stages.items()}
+    first = {"lr": LR | {"horizon": "9 steps"}}
+    both = [{"use": one, **first} for one in stages]
+    arms = {"a": {"stages": [both[0], "down"]}, "b": {"stages": [both[1], "up"]}}
+    assert [row["arms"] for row in plan(tmp_path, tables(arms, stages))["same_aggregate"]] == [("a", "b")]
+    arms["b"]["set"] = {"optimizer.weight_decay": 1}
+    assert plan(tmp_path, tables(arms, stages))["same_aggregate"] == []
+
+
+def test_a_cooldown_on_a_mixture_is_no_control(tmp_path: Path) -> None:
+    cool = {"steps": 4, "like": "increase", "lr": {"peak": Decimal("0.0001")}, "take": {"optimizer": "fresh"}}
+    arms = {"a": {"stages": ["increase", "cool"]}}
+    assert not warnings(plan(tmp_path, tables(arms, {**PHASES, "cool": cool})), "unlike-control")
+    cool["objective"] = "instruction"
+    (text,) = warnings(plan(tmp_path, tables(arms, {**PHASES, "cool": cool})), "unlike-control")
+    assert "has like = 'increase'" in text and "objective is instruction and there language-modelling" in text
+
+
 def test_a_control_that_misses_its_aggregate_is_told(tmp_path: Path) -> None:
     odd = {
         "up": {"steps": 3, "phases": [{"mixture": {"web": 1}}, {"mixture": {"rust": 1, "web": 2}}], "lr": LR},
@@ -131,6 +173,38 @@ def test_a_control_that_misses_its_aggregate_is_told(tmp_path: Path) -> None:
     mine, theirs = (totals(result.arms[name].end)[0] for name in odd)
     texts = warnings(study_plan(result), "unequal-control")
     assert bool(texts) == (mine != theirs)
+
+
+# -- names in [results] and [report] -----------------------------------------------------------------------------------
+
+
+def test_names_that_study_run_or_the_report_would_find_wrong_are_told(tmp_path: Path) -> None:
+    def found(results: dict[str, Any], **scores: list[str]) -> list[tuple[str, str]]:
+        words = tables({"a": {"stages": ["init"]}}, STAGES, results=results, report={"scores": scores})
+        rows = plan(tmp_path, words)["warnings"]
+        return [(row["kind"], row["text"]) for row in rows if row["kind"] in ("study-run-refuses", "unknown-figure")]
+
+    heldout = {"suites": [{"name": "heldout"}]}
+    right = ["loss/web/loss", "loss/*/loss", "code", "heldout/heldout_web", "heldout_rust*", "*/python/bits_per_byte"]
+    assert found(heldout, text=right) == []
+    ((kind, text),) = found(heldout, text=["loss/wbe/loss"])
+    assert (
+        kind == "unknown-figure"
+        and "report.scores.text: 'loss/wbe/loss'" in text
+        and "did you mean 'loss/web'?" in text
+    )
+    assert [kind for kind, _ in found({"loss": False}, text=["loss/web/loss"])] == ["unknown-figure"]
+    ((kind, text),) = found({"suites": [{"name": "heldot"}]}, text=["heldot/x"])
+    assert kind == "study-run-refuses" and "suite 'heldot'" in text and "did you mean heldout?" in text
+    some = {"suites": [{"name": "heldout", "sources": ["web"]}], "loss": False}
+    assert found(some, text=["heldout_web"]) == [] and found(some, text=["heldout_rust"])[0][0] == "unknown-figure"
+    ((kind, text),) = found({"suites": [{"name": "heldout", "sources": ["wbe"]}]})
+    assert kind == "study-run-refuses" and "did you mean 'web'?" in text
+    ((kind, text),) = found({"loss": {"sources": ["wbe"]}}, text=["loss/web/loss"])
+    assert kind == "study-run-refuses" and "did you mean 'web'?" in text
+    harness = {"suites": [{"name": "mine", "suite": "harness", "tasks": ["piqa"], "online": True}]}
+    assert found(harness, text=["mine/piqa", "piqa", "mine/piqa/acc"]) == []
+    assert [kind for kind, _ in found(harness, text=["mien/piqa/acc"])] == ["unknown-figure"]
 
 
 # -- averages ----------------------------------------------------------------------------------------------------------

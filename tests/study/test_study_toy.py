@@ -96,8 +96,8 @@ def test_each_seed_trains_its_own_nodes(toy: Path) -> None:
 def test_prose_is_repeated_at_most_four_times(tmp_path: Path, toy: Path) -> None:
     """The text arm takes 1000 steps of prose, and 80 in its cooldown: little more than one epoch of what was found.
     Where a machine has less than a quarter, nothing is trained."""
-    (row,) = [row for row in study_plan(plan_study(toy, DEFAULT_ARMS))["warnings"] if "repeated" in row["text"]]
-    assert "text 1.05 epochs" in row["text"] and "python" not in row["text"]
+    (row,) = [row for row in study_plan(plan_study(toy, DEFAULT_ARMS))["warnings"] if "more than once" in row["text"]]
+    assert "text for 1.05 epochs" in row["text"] and "python" not in row["text"]
     little = by_size(tmp_path, "toy.toml", text=1_000_000, python=PYTHON)
     with pytest.raises(ConfigError, match=r"source 'text' runs dry: .* max_epochs is 4"):
         plan_study(little, ["text*"])

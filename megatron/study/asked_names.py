@@ -1,0 +1,97 @@
+"""Names in [results] and [report] that mean nothing, told by a plan, before anything is trained to ask about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megatron.config.errors import ConfigError
+from megatron.config.evaluation_section import HELDOUT
+from megatron.evaluation.suite import read_suite
+from megatron.study.node_results import LOSS, WIN_RATE
+from megatron.study.results_section import HARNESS, SuiteSection
+from megatron.study.steps import ResolvedArm, trained
+from megatron.study.study_file import Study, nearest
+
+_ANY = "*"
+"""In place of a task or a group: of a suite whose tasks are not known here."""
+_SHOWN = 12
+
+Asked = list[tuple[str, str, str]]
+
+
+def unknown_names(study: Study, arms: Mapping[str, ResolvedArm]) -> list[dict[str, Any]]:
+    """Warnings of a plan: suites, tasks and sources that `study run` will refuse, and patterns of [report] that no
+    figure can match. Data that a suite is without are no matter of a plan."""
+    groups = {name: source.group for arm in arms.values() for name, source in trained(arm.end)[-1].run.sources.items()}
+    asked, found = _asked(study, groups)
+    rows: list[dict[str, Any]] = [
+        {"gravity": "high", "kind": "study-run-refuses", "exit_code": 2, "text": f"study run will refuse: {words}"}
+        for words in found
+    ]
+    if not found:  # what a mistyped suite has is not known
+        known = list(dict.fromkeys(f"{suite}/{task}" for suite, task, _ in asked if task != _ANY))
+        for key, pattern in _patterns(study):
+            if not _matches(pattern, asked):
+                text = f"{study.place('report')}: {key}: {pattern!r} matches nothing that [results] asks about"
+                text += f": {nearest(pattern.removesuffix('/loss'), known[:_SHOWN], 'it asks about')}"
+                rows.append({"gravity": "medium", "kind": "unknown-figure", "text": text})
+    return rows
+
+
+def _asked(study: Study, groups: Mapping[str, str]) -> tuple[Asked, list[str]]:
+    """(suite, task, group) of all that is asked about, and what is wrong with it."""
+    results, asked, wrong = study.words.results, Asked(), list[str]()
+    place = study.place("results")
+    if results.loss_of is not None:
+        names = results.loss_of.sources or list(groups)
+        asked += [(LOSS, name, groups[name]) for name in names if name in groups]
+        wrong += [
+            f"{place}: results.loss.sources: {name!r} is no source of the study: {nearest(name, groups)}"
+            for name in names
+            if name not in groups
+        ]
+    for suite in results.suites:
+        try:
+            asked += [(suite.name, task, group) for task, group in _tasks(study, suite, groups)]
+        except ConfigError as error:
+            wrong.append(f"{place}: results.suites: {suite.name}: {error}")
+    if results.win_rate is not None:
+        asked.append((WIN_RATE, _ANY, "win rate"))
+    return asked, wrong
+
+
+def _tasks(study: Study, suite: SuiteSection, groups: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Names and groups of a suite's tasks. Raises ConfigError for a suite or a task that there is none of."""
+    if suite.of == HARNESS:
+        yield _ANY, _ANY
+    elif suite.of == HELDOUT:
+        for name in suite.sources or groups:
+            if name not in groups:
+                raise ConfigError(f"sources: {name!r} is no source of the study: {nearest(name, groups)}")
+            title = "heldout_" + re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+            yield from ((title, groups[name]), (f"{title}_loss", groups[name]))
+    else:
+        file = str(study.path.parent / suite.of) if suite.of.endswith(".toml") else suite.of
+        yield from ((task.name, task.group) for task in read_suite(file).select(suite.tasks).tasks)
+
+
+def _patterns(study: Study) -> Iterator[tuple[str, str]]:
+    report = study.words.report
+    yield from (("report.metrics", pattern) for pattern in report.metrics)
+    for score, patterns in report.scores.items():
+        yield from ((f"report.scores.{score}", pattern) for pattern in patterns)
+
+
+def _matches(pattern: str, asked: Asked) -> bool:
+    """As reports match them, but for the metric, which the evaluation knows."""
+    whole = pattern.count("/") >= 2
+    name = pattern.rpartition("/")[0] if whole else pattern
+    for suite, task, group in asked:
+        names = [f"{suite}/{task}"] if whole else [f"{suite}/{task}", task, group]
+        # either may have letters that stand for any
+        if any(fnmatchcase(one, name) or fnmatchcase(name, one) for one in names if one):
+            return True
+    return False
