@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -127,7 +128,8 @@ def _head(column: Column) -> str:
         below.append(f"mean of {len(column.parts)}" if len(column.parts) > 1 else column.parts[0])
     if column.chance is not None:
         below.append(f"chance {100 * column.chance:.0f}")
-    return escape(column.title) + (f"<small>{escape(', '.join(below))}</small>" if below else "")
+    small = re.sub(r"([/_])", r"\1<wbr>", escape(", ".join(below)))  # long keys break where a reader would
+    return escape(column.title) + (f"<small>{small}</small>" if below else "")
 
 
 def _cell(report: StudyReport, one: Table, arm: str, column: Column, links: Links) -> str:

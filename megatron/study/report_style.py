@@ -13,7 +13,7 @@ border-left:5px solid var(--c1);border-radius:8px}
 .results th:first-child,.results td:first-child{position:sticky;left:0;background:var(--card);z-index:1;text-align:left;
 white-space:normal;min-width:11em;max-width:16em;overflow-wrap:anywhere}
 .results tr.base td{border-bottom:2px solid var(--rule)}
-.results th small{white-space:normal;max-width:10em;margin-left:auto}
+.results th small{white-space:normal;max-width:12em;min-width:9em;margin-left:auto;overflow-wrap:anywhere}
 .results small{display:block;font-size:12px;line-height:1.35;color:var(--soft)}
 .results small.told{color:var(--ink);font-weight:600}
 .results td.best b{font-weight:700;text-decoration:underline;text-underline-offset:3px}
