@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     if words and not words[0].startswith("-") and words[0] not in ACTIONS:
         raise ConfigError(f"study {words[0]}: no such action: {nearest(words[0], ACTIONS, 'there are')}")
     if words[:1] == ["run"] and "--slurm" in words:
-        return study_slurm.main(words[1:])
+        return study_slurm.submit_study(words[1:])
     args = parser().parse_args(words)
     return ACTIONS[args.action].run(args)
 

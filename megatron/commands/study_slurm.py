@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     return built
 
 
-def main(argv: Sequence[str]) -> int:
+def submit_study(argv: Sequence[str]) -> int:
     """Runs the command and gives its exit code. argv: what stands behind `study run`."""
     args = parser().parse_args(argv)
     planned = planned_study(args)
