@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron.config.errors import EXIT_LOST_PROCESS, EXIT_REQUEUE, EXIT_WATCHDOG
 from megatron.launch.run_state import RunState
-from megatron.launch.slurm_control import ControlError, job_name
+from megatron.launch.slurm_control import ControlError, asked, job_name
 
 SECONDS = 5.0
 _NAME = re.compile(r"\d+(_\d+)?")
@@ -93,12 +93,7 @@ def my_jobs(seconds: float = 60.0) -> list[ListedJob]:
     """Every job of this user that waits or runs, oldest first. Raises ControlError where SLURM does not answer: then
     nobody knows, and none must be taken to be gone."""
     words = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T|%r|%E|%k"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
-    except FileNotFoundError:
-        raise ControlError("there is no program squeue in PATH") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ControlError(f"{' '.join(words)}: {error}") from None
+    done = asked(words, " ".join(words), seconds)
     if done.returncode:
         said = " ".join(done.stderr.split()).removeprefix("squeue: ") or f"exit code {done.returncode}"
         raise ControlError(f"squeue: {said}")

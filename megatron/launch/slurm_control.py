@@ -117,18 +117,22 @@ class Controller:
 
     def _ask(self, *words: str) -> str:
         said = f"scontrol {' '.join(words)}"
-        try:
-            done = subprocess.run(
-                ["scontrol", *words], capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
-            )
-        except FileNotFoundError:
-            raise ControlError("there is no program scontrol in PATH") from None
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ControlError(f"{said}: {error}") from None
+        done = asked(["scontrol", *words], said)
         if done.returncode:
             words_of = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
             raise ControlError(f"{said}: {words_of}")
         return done.stdout
+
+
+def asked(words: Sequence[str], said: str, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
+    """What a program of SLURM answered, whatever its exit code. Raises ControlError, which begins with `said`, where it
+    is not there or does not answer in so many seconds."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
+    except FileNotFoundError:
+        raise ControlError(f"there is no program {words[0]} in PATH") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ControlError(f"{said}: {error}") from None
 
 
 def cancel_jobs(jobs: Sequence[str], waiting_only: bool = False) -> None:
@@ -139,12 +143,7 @@ def cancel_jobs(jobs: Sequence[str], waiting_only: bool = False) -> None:
     if not jobs:
         return
     words = ["scancel", *(["--state=PENDING"] if waiting_only else []), *jobs]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
-    except FileNotFoundError:
-        raise ControlError("there is no program scancel in PATH") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ControlError(f"scancel: {error}") from None
+    done = asked(words, "scancel")
     said = [line for line in done.stderr.splitlines() if line.strip() and not _OVER.search(line)]
     if done.returncode and said:
         raise ControlError(f"scancel: {' '.join(said)}")
