@@ -10,6 +10,7 @@ from typing import Literal
 Unit = Literal["tokens", "steps", "samples", "share"]
 
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_MOST = 10**18
 _COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)\s*(tokens?|steps?|samples?)?\s*$", re.IGNORECASE)
 _SHARE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*$")
 
@@ -41,7 +42,7 @@ def parse_count(value: object, of: Unit | None = None) -> int:
     if unit not in (None, of):
         raise WrongUnitError(Quantity(amount, unit), f"this is {what}, and {value!r} counts {unit}: {said}")
     if amount != int(amount):
-        raise ValueError(f"{value!r} is not a whole number")
+        raise ValueError(f"{str(value)!r} is not a whole number")
     return int(amount)
 
 
@@ -58,20 +59,28 @@ def _parsed(value: object, said: str) -> tuple[Decimal, Unit | None]:
     if isinstance(value, Quantity):
         return value.amount, value.unit
     if isinstance(value, int | Decimal):
-        if value < 0:
-            raise ValueError(f"{value} is negative")
-        return Decimal(value), None
+        return _within_reason(Decimal(value), value), None
     if share := _SHARE.match(value):
         return Decimal(share.group(1)) / 100, "share"
     match = _COUNT.match(value)
     if not match:
         raise ValueError(f"{value!r} is not a quantity: {said}")
     amount = Decimal(match.group(1).replace("_", "")) * _SUFFIX[match.group(2).upper()]
+    _within_reason(amount, value)
     unit = match.group(3)
     if unit is None:
         return amount, None
     named: dict[str, Unit] = {"t": "tokens", "st": "steps", "sa": "samples"}
     return amount, named["t" if unit[0] in "tT" else unit[:2].lower()]
+
+
+def _within_reason(amount: Decimal, value: object) -> Decimal:
+    """Raises ValueError for what no count can be."""
+    if amount.is_nan() or amount < 0:
+        raise ValueError(f"{value} is {'no number' if amount.is_nan() else 'negative'}")
+    if amount > _MOST:
+        raise ValueError(f"{value} is more than {_MOST:,}, the most that is counted here")
+    return amount
 
 
 def format_count(number: int | Decimal | float) -> str:

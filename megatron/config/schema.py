@@ -86,6 +86,10 @@ class SourceSection(Section):
             raise ValueError("needs data = [prefixes of .bin/.idx], or tokens = a size to plan with")
         if self.slice[0] >= self.slice[1]:
             raise ValueError(f"slice {list(map(str, self.slice))} is empty: its start must be below its end")
+        if None not in (self.tokens, self.documents) and (self.documents or 0) > (self.tokens or 0):
+            raise ValueError(
+                f"{self.documents:,} documents have more than {self.tokens:,} tokens: correct one of the two"
+            )
         return self
 
 

@@ -89,7 +89,10 @@ class OpenSource:
         return self.order.files.mask_checksum if self.order is not None else None
 
     def loss_tokens(self, masked: bool, rule: DocumentRule | None) -> int:
-        """Targets of one epoch that count: see `SourceFiles.loss_tokens`. Raises DataError for bad masks."""
+        """Targets of one epoch that count: see `SourceFiles.loss_tokens`; of a source that is planned by its size, all
+        its tokens. Raises DataError for bad masks."""
+        if self.order is None:
+            return self.epoch_tokens
         return self.opened().files.loss_tokens(masked, rule)
 
     @cached_property

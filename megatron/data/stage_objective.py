@@ -39,7 +39,8 @@ class LearnedSource(Protocol):
         """Identifies its loss masks; None where a file has none."""
 
     def loss_tokens(self, masked: bool, rule: DocumentRule | None) -> int:
-        """Targets of one epoch that count: those that the masks mark, or all. rule: of a padded stage."""
+        """Targets of one epoch that count: those that the masks mark, or all, as far as they are known. rule: of a
+        padded stage."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,10 @@ class ObjectiveWords:
             return self._frozen.loss_tokens[name]
         source, size = self._sources.get(name), self._sizes[name]
         masked = name not in self._whole
-        if source is None or source.is_planned or not size or (masked and self._mask(name) == NO_MASK):
+        if source is None or not size or (masked and self._mask(name) == NO_MASK):
             return size
+        if source.is_planned:  # of a padded stage the places that its tokens fill
+            return min(size, source.loss_tokens(masked, self._rule))
         count = source.loss_tokens(masked, self._rule)
         if not count:
             raise ConfigError(

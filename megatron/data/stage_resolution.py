@@ -133,8 +133,19 @@ class StageResolver:
         profile = self.objective.in_samples(self.mixture.profile())
         shapes, samples = self._length(profile, run_tokens)
         frozen = self.frozen
+        self._note_amounts(shapes.tokens_at(samples))
         weights = self._weights(profile, frozen.resolved_samples if frozen is not None else samples)
         return ResolvedStage(samples, shapes, self._without_dry(weights, shapes, samples), profile)
+
+    def _note_amounts(self, tokens: int) -> None:
+        """Says where amounts of tokens are not what the stage's own length leaves room for, beyond its rounding."""
+        amounts = self.section.mixture_tokens
+        asked = sum(amounts.values()) if amounts is not None else tokens
+        if abs(asked - tokens) * 1000 > tokens:
+            self.notes.append(
+                f"mixture_tokens come to {asked:,}, and the stage is {tokens:,} by a length of its own: they are taken "
+                "as shares. Leave the length out, or say mixture"
+            )
 
     # -- padded: a source's size is what its documents fill, a sample each --------------------------------------------
 

@@ -30,7 +30,9 @@ def check_document_use(
     names = [name for name in sources if _is_mixed(schedule, name) and sources[name].section.dry != "repeat"]
     if not names or any(sources[name].order is None for stage in ahead for name in stage.weights.sources):
         return
-    moved = Ledger.from_json(ledger.to_json())
+    moved = _where_it_stands(ledger, taken)
+    if moved is None:
+        return
     SampleStream(schedule, sources, moved, taken_cursors=taken).seek(schedule.samples)
     for name in names:
         record, section = moved.sources[name], sources[name].section
@@ -45,6 +47,17 @@ def check_document_use(
             f"begun, or that are longer than a sample), and max_epochs is {section.max_epochs}. Set sources.{name}."
             f'max_epochs = {remedy}, or sources.{name}.dry to "repeat", or give it less weight'
         )
+
+
+def _where_it_stands(ledger: Ledger, taken: Mapping[int, Ledger]) -> Ledger | None:
+    """A copy whose cursors can be moved on. A planned ledger, of a trunk that is not trained yet, has counts and no
+    cursors: then an empty one, since where it will stand follows from its stages; None where one of them takes its
+    cursors from a run that is not at hand."""
+    if all(record.cursor for record in ledger.sources.values()):
+        return Ledger.from_json(ledger.to_json())
+    if any("cursors" in record.taken and number not in taken for number, record in enumerate(ledger.stages)):
+        return None
+    return Ledger(ledger.seed, ledger.tokenizer, ledger.validation)
 
 
 def _is_mixed(schedule: Schedule, name: str) -> bool:

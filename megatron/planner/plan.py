@@ -43,6 +43,8 @@ def plan_of(run: ResolvedRun, sections: Sequence[StageSection] = (), run_tokens:
     for row, tokens, section in zip(plan["stages"], asked, sections, strict=False):
         row["asked_tokens"] = tokens
         row["fresh_optimizer"] = section.take.optimizer == "fresh"
+        begun = row["name"] in (stage.name for stage in run.ledger.stages)
+        row["take"] = {} if begun else section.take.model_dump()
     plan["groups"] = _groups_over_the_run(plan["sources"], schedule.tokens - plan["padding"])
     return plan
 

@@ -30,6 +30,7 @@ def warnings_of(plan: Mapping[str, Any], tokenizer: str, has_sentinels: bool = T
         *_layout(plan.get("layout")),
         *_repeated(plan),
         *_missing_tokenizer(tokenizer),
+        *_missing_takes(plan),
         *(() if has_sentinels else _without_sentinels(plan, tokenizer)),
         *_dry(plan),
         *_mixed(plan),
@@ -104,6 +105,21 @@ def _missing_tokenizer(path: str) -> Iterator[Warned]:
             "text": f"train will refuse tokenizer.path = {path!r}: there is no such file yet; make it with "
             "train_tokenizer, or name another",
         }
+
+
+def _missing_takes(plan: Mapping[str, Any]) -> Iterator[Warned]:
+    for stage in plan["stages"]:
+        for key, words in stage.get("take", {}).items():
+            if words not in ("continue", "fresh") and not Path(words).is_dir():
+                plain = '"continue"' if key == "cursors" else '"continue" nor "fresh"'
+                yield {
+                    "gravity": "high",
+                    "kind": "train-refuses",
+                    "exit_code": 2,
+                    "stage": stage["name"],
+                    "text": f"train will refuse take.{key} = {words!r} of stage {stage['name']!r}: it is "
+                    f"{'not' if key == 'cursors' else 'neither'} {plain}, and there is no such folder of a checkpoint",
+                }
 
 
 def _without_sentinels(plan: Mapping[str, Any], path: str) -> Iterator[Warned]:

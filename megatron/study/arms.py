@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from decimal import Decimal
@@ -118,7 +120,7 @@ def _labels(rows: list[list[Any]], several: bool) -> list[str]:
 
 def _label(value: Any) -> str:
     words = format(value.normalize(), "f") if isinstance(value, Decimal) else str(value)
-    return words.replace("/", "_").replace(" ", "_")
+    return re.sub(r"[\s/*?\[\]{}]", "_", words)
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
@@ -131,6 +133,7 @@ def _arm(study: Study, table: str, section: ArmSection, name: str, axes: list[Ov
         for key, value in section.set.items()
     ]
     overrides = [*own, *axes]
+    _check_once(overrides)
     tables = deepcopy(study.base)
     stages = [_stage(study, table, entry) for entry in section.stages]
     for override in overrides:
@@ -151,6 +154,15 @@ def _arm(study: Study, table: str, section: ArmSection, name: str, axes: list[Ov
         tuple(overrides),
         place,
     )
+
+
+def _check_once(overrides: Sequence[Override]) -> None:
+    """Raises ConfigError where an arm says one key twice: it would be called by one value and have the other."""
+    first: dict[str, Override] = {}
+    for override in overrides:
+        if (before := first.setdefault(override.key, override)) is not override:
+            also = "twice" if before.by == override.by else f"by {before.by}, too"
+            raise ConfigError(f"{override}: is set {also}: leave one, since an arm has one value of a key")
 
 
 def _stage(study: Study, table: str, entry: str | dict[str, Any]) -> StageWords:

@@ -1,15 +1,16 @@
-"""Names in [results] and [report] that mean nothing, told by a plan, before anything is trained to ask about."""
+"""What of [results] and [report] will be refused or means nothing, told by a plan, before anything is trained."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron.config.errors import ConfigError
 from megatron.config.evaluation_section import HELDOUT
-from megatron.evaluation.suite import read_suite
+from megatron.evaluation.suite import SuiteTask, read_suite
+from megatron.study.arms import arms_of
 from megatron.study.node_results import LOSS, WIN_RATE
 from megatron.study.results_section import HARNESS, SuiteSection
 from megatron.study.steps import ResolvedArm, trained
@@ -23,10 +24,12 @@ Asked = list[tuple[str, str, str]]
 
 
 def unknown_names(study: Study, arms: Mapping[str, ResolvedArm]) -> list[dict[str, Any]]:
-    """Warnings of a plan: suites, tasks and sources that `study run` will refuse, and patterns of [report] that no
-    figure can match. Data that a suite is without are no matter of a plan."""
+    """Warnings of a plan: what of [results] `study run` will refuse, and names of [report] that nothing is called by.
+    Data that a suite is without are no matter of a plan."""
     groups = {name: source.group for arm in arms.values() for name, source in trained(arm.end)[-1].run.sources.items()}
     asked, found = _asked(study, groups)
+    found += _without_held_out(study, arms)
+    found += _missing_prompts(study)
     rows: list[dict[str, Any]] = [
         {"gravity": "high", "kind": "study-run-refuses", "exit_code": 2, "text": f"study run will refuse: {words}"}
         for words in found
@@ -38,7 +41,8 @@ def unknown_names(study: Study, arms: Mapping[str, ResolvedArm]) -> list[dict[st
                 text = f"{study.place('report')}: {key}: {pattern!r} matches nothing that [results] asks about"
                 text += f": {nearest(pattern.removesuffix('/loss'), known[:_SHOWN], 'it asks about')}"
                 rows.append({"gravity": "medium", "kind": "unknown-figure", "text": text})
-    return rows
+    texts = [*_unknown_labels(study), *_unknown_axes(study, asked, groups)]
+    return rows + [{"gravity": "medium", "kind": "unknown-figure", "text": text} for text in texts]
 
 
 def _asked(study: Study, groups: Mapping[str, str]) -> tuple[Asked, list[str]]:
@@ -75,7 +79,63 @@ def _tasks(study: Study, suite: SuiteSection, groups: Mapping[str, str]) -> Iter
             yield from ((title, groups[name]), (f"{title}_loss", groups[name]))
     else:
         file = str(study.path.parent / suite.of) if suite.of.endswith(".toml") else suite.of
-        yield from ((task.name, task.group) for task in read_suite(file).select(suite.tasks).tasks)
+        tasks = read_suite(file).select(suite.tasks).tasks
+        check_programs(tasks, suite)
+        yield from ((task.name, task.group) for task in tasks)
+
+
+def check_programs(tasks: Sequence[SuiteTask], suite: SuiteSection) -> None:
+    """Raises ConfigError where tasks run programs that a model writes, and the suite does not say that they may."""
+    running = [task.name for task in tasks if task.runs_programs]
+    if running and not suite.allow_code_execution:
+        raise ConfigError(
+            f"{', '.join(running)} run programs that the model writes: say allow_code_execution = true to run them, "
+            "each behind the walls that docs/evaluation.md describes, or leave them out of tasks"
+        )
+
+
+def _without_held_out(study: Study, arms: Mapping[str, ResolvedArm]) -> Iterator[str]:
+    results = study.words.results
+    if not all(trained(arm.end)[-1].config.validation.fraction == 0 for arm in arms.values()):
+        return
+    asking = [f"suites: {suite.name}" for suite in results.suites if suite.of == HELDOUT]
+    if results.loss_of is not None and "loss" in results.model_fields_set:
+        asking.append("loss")
+    for what in asking:
+        yield f"{study.place('results')}: results.{what} is about held-out documents, and validation.fraction is 0"
+
+
+def _missing_prompts(study: Study) -> Iterator[str]:
+    results = study.words.results
+    for table, asked in (("samples", results.samples), ("win_rate", results.win_rate)):
+        if asked is not None and isinstance(asked.prompts, str) and not (study.path.parent / asked.prompts).is_file():
+            yield f"{study.place('results')}: results.{table}.prompts = {asked.prompts!r}: no such file"
+
+
+def _unknown_labels(study: Study) -> Iterator[str]:
+    labels, arms = study.words.report.labels, arms_of(study)
+    for name in labels:
+        if name not in arms:
+            yield f"{study.place('report')}: report.labels names {name!r}, which is no arm: {nearest(name, arms)}"
+    shown = [labels.get(name, name) for name in arms]
+    for label in dict.fromkeys(one for one in shown if shown.count(one) > 1):
+        yield f"{study.place('report')}: report.labels: {shown.count(label)} arms are called {label!r}"
+
+
+def _unknown_axes(study: Study, asked: Asked, groups: Mapping[str, str]) -> Iterator[str]:
+    """Of plots: the group whose share is plotted, the two scores of the plane."""
+    report, known = study.words.report, [*dict.fromkeys([*groups.values(), *groups])]
+    if "share" in report.model_fields_set and report.share not in known:
+        yield f"{study.place('report')}: report.share = {report.share!r} is no group or source: " + nearest(
+            report.share, known
+        )
+    scores = dict.fromkeys(group for _, _, group in asked)
+    if not report.scores and _ANY not in scores:
+        for name in report.pareto:
+            if name not in scores:
+                yield f"{study.place('report')}: report.pareto names {name!r}, which is no score: " + nearest(
+                    name, scores, "scores are"
+                )
 
 
 def _patterns(study: Study) -> Iterator[tuple[str, str]]:

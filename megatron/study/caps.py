@@ -24,9 +24,11 @@ class Capped:
     shares: Mapping[str, Decimal]
     bound: Mapping[str, tuple[Fraction, Fraction]]
 
-    def words(self, epochs: Decimal, tokens: int, of: str = "") -> str:
+    def words(self, epochs: Decimal, tokens: int, stage_tokens: int, of: str = "") -> str:
         """What was done, for people. of: what the shares are of, where that has to be said."""
         head = f"cap of {epochs.normalize():f} epochs over {format_count(tokens)} tokens"
+        if tokens < stage_tokens:
+            head += f" (of a stage of {format_count(stage_tokens)}, which may so take more epochs)"
         if not self.bound:
             return f"{head}: no source is above it"
         each = ", ".join(

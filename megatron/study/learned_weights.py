@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def read_weights(section: WeightsFromSection, folder: Path, groups: Mapping[str,
     except UnicodeDecodeError:
         raise ConfigError(f"{where}: is no text: CSV or JSON is needed") from None
     if path.suffix == ".json" or text.lstrip()[:1] in ("{", "["):
+        if section.row is not None:
+            raise ConfigError(f"{where}: row = {section.row}, and JSON has one mixture: leave row out")
         rows, form = _of_json(text, where), "JSON"
     else:
         rows, form = _of_table(text, section.row, where)
@@ -111,7 +114,7 @@ def _number(value: Any, place: str, where: str) -> Decimal:
     except InvalidOperation:
         number = Decimal("NaN")
     if not number.is_finite() or number < 0:
-        raise ConfigError(f"{where}: {place}: weight {value!r} must be a number, and not negative")
+        raise ConfigError(f"{where}: {place}: weight {str(value)!r} must be a number, and not negative")
     return number
 
 
@@ -120,12 +123,16 @@ def _number(value: Any, place: str, where: str) -> Decimal:
 
 def _of_json(text: str, where: str) -> Rows:
     try:
-        found = json.loads(text, parse_float=Decimal)
+        found = json.loads(text, parse_float=Decimal, object_pairs_hook=partial(_object, where))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: line {error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise ConfigError(f"{where}: cannot be read as weights: {str(error).partition(';')[0]}") from None
     if isinstance(found, dict):
-        holder = next((key for key in HOLDERS if isinstance(found.get(key), dict | list)), None)
-        found = found[holder] if holder is not None else found
+        holders = [key for key in HOLDERS if isinstance(found.get(key), dict | list)]
+        if len(holders) > 1:
+            raise ConfigError(f"{where}: has weights under {' and under '.join(map(repr, holders))}: leave one")
+        found = found[holders[0]] if holders else found
     if isinstance(found, list):
         return [_of_object(item, f"entry {number}", where) for number, item in enumerate(found, 1)]
     if not isinstance(found, dict) or not found:
@@ -135,6 +142,14 @@ def _of_json(text: str, where: str) -> Rows:
         weight = value.get("weight") if isinstance(value, dict) else value
         rows.append((name, _number(weight, repr(name), where), repr(name)))
     return rows
+
+
+def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's reader would keep the last of two equal keys."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"{where}: {twice!r} stands twice in one object: one weight for each source is needed")
+    return dict(pairs)
 
 
 def _of_object(item: Any, place: str, where: str) -> tuple[str, Decimal, str]:
@@ -165,11 +180,21 @@ def _of_table(text: str, row: int | None, where: str) -> tuple[Rows, str]:
         raise ConfigError(f"{where}: is empty: give a row for each source, source,weight")
     header = [cell.lower() for cell in lines[0][1]]
     source, weight = _column(header, _SOURCE), _column(header, _WEIGHT)
+    narrow = len(header) == 2 and (_is_number(header[1]) or _of_sources(lines[1:]))
+    if row is not None and (narrow or (source is not None and weight is not None)):
+        raise ConfigError(f"{where}: row = {row}, and the file has one mixture, source,weight: leave row out")
     if source is not None and weight is not None:
         return [_cells(number, cells, source, weight, where) for number, cells in lines[1:]], "CSV source,weight"
-    if len(header) == 2 and _is_number(header[1]):
+    if narrow:
         return [_cells(number, cells, 0, 1, where) for number, cells in lines], "CSV source,weight without a header"
     return _wide(lines, row, where)
+
+
+def _of_sources(lines: list[tuple[int, list[str]]]) -> bool:
+    """Whether there are lines and each is a name and a number: what stands above them is no header of sources."""
+    return bool(lines) and all(
+        len(cells) == 2 and not _is_number(cells[0]) and _is_number(cells[1]) for _, cells in lines
+    )
 
 
 def _wide(lines: list[tuple[int, list[str]]], row: int | None, where: str) -> tuple[Rows, str]:

@@ -15,6 +15,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.sources import OpenSource
 from megatron.evaluation.suite import Suite, read_suite
 from megatron.evaluation.suite_data import find_file, missing_words
+from megatron.study.asked_names import check_programs
 from megatron.study.held_out_questions import unaskable_sources, without_held_out
 from megatron.study.node_parts import ANSWERS, EXPORT, SAMPLES, WIN_RATE, Part, content_of, key_of
 from megatron.study.node_results import LOSS
@@ -222,12 +223,10 @@ class Questions:
         return self._suite_data(suite, found, place)
 
     def _suite_data(self, suite: SuiteSection, found: Suite, place: str) -> str:
-        running = [task.name for task in found.tasks if task.runs_programs]
-        if running and not suite.allow_code_execution:
-            raise ConfigError(
-                f"{place}: {', '.join(running)} run programs that the model writes: say allow_code_execution = true "
-                "to run them, each behind the walls that docs/evaluation.md describes, or leave them out of tasks"
-            )
+        try:
+            check_programs(found.tasks, suite)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
         folder = None if suite.data is None else self.folder / suite.data
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"{place}: data = {suite.data!r}: no such folder as {folder}")

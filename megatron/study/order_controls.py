@@ -101,7 +101,13 @@ def unequal_controls(arms: Mapping[str, ResolvedArm]) -> list[str]:
         single = section.aggregate_of if section.aggregate_of and len(section.aggregate_of) == 1 else [None]
         of = section.reverse or single[0]
         twin = steps.get(of or "")
-        if twin is None or twin.stage.samples != step.stage.samples:
+        if twin is None:
+            continue
+        if twin.stage.samples != step.stage.samples:
+            words.append(
+                f"stage {label!r} is a control of the order of {of!r}, and has {step.stage.samples:,} samples where "
+                f"that has {twin.stage.samples:,}: give both one length, or compare them as different amounts"
+            )
             continue
         mine, theirs = step.stage.counts, twin.stage.counts
         off = {n: mine.get(n, 0) - theirs.get(n, 0) for n in {*mine, *theirs} if mine.get(n, 0) != theirs.get(n, 0)}

@@ -50,7 +50,10 @@ def apply_to_tables(tables: dict[str, Any], override: Override) -> None:
     if steps[0] in OF_THE_STUDY:
         raise ConfigError(f"{override}: an arm cannot set it: {OF_THE_STUDY[steps[0]]}")
     if steps[0] not in known or len(steps) < 2:
-        hint = f"{steps[0]} is a table: name a key in it" if steps[0] in known else nearest(steps[0], known)
+        hint = nearest(steps[0], known)
+        if steps[0] in known:
+            key = next(iter(override.value), "KEY") if isinstance(override.value, dict) else "KEY"
+            hint = f'{steps[0]} is a table: name a key in it, in quotes: "{steps[0]}.{key}" = …'
         raise ConfigError(f"{override}: no such key: {hint}")
     _set(tables, steps, override, RunConfig)
 

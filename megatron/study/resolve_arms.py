@@ -293,7 +293,9 @@ class _Arm:
         study, words = self._study.words.study, self._words
         trunk: list[Any] = [step.section for step in chain]
         groups = self._groups()
-        templates: list[Any] = [self._tables_of(self._own(stage, groups)) for stage in words.templates]
+        trained_before = {one.name for one in trunk}  # what refers to such a name means the stage that was trained
+        referred = [stage for stage in words.templates if stage.name not in trained_before]
+        templates: list[Any] = [self._tables_of(self._own(stage, groups)) for stage in referred]
         templates = [*words.tables.get("templates", []), *templates]
         known = {table.get("name") for table in templates if isinstance(table, dict)}
         inherited = chain[-1].config.templates if chain else []
@@ -363,7 +365,7 @@ class _Arm:
             stages[number] = section.model_copy(update=update)
             notes = self._notes.setdefault(one.words.name, [])
             notes += [note for note in stage.notes if OF_LOSS_TOKENS in note]
-            notes.append(result.words(cap.epochs, over, of))
+            notes.append(result.words(cap.epochs, over, stage.tokens, of))
         return config.model_copy(update={"stages": stages})
 
 

@@ -15,7 +15,7 @@ from megatron.study.report_section import ReportSection
 from megatron.study.results_section import ResultsSection
 from megatron.study.slurm_section import SlurmTable
 
-_NAME = re.compile(r"[^\s/*?\[\]{}]+")
+_NAME = re.compile(r"(?!\.{1,2}$)[^\s/*?\[\]{}\x00-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]{1,100}")
 
 
 def _seed(value: Any) -> Any:
@@ -29,13 +29,18 @@ def _seed(value: Any) -> Any:
 def _name(value: Any) -> Any:
     if isinstance(value, str) and not _NAME.fullmatch(value):
         raise ValueError(
-            f"{value!r} is no name: leave out spaces and / * ? [ ] {{ }}, which stand between names and in patterns"
+            f"{value!r} is no name: at most 100 characters, without spaces and / * ? [ ] {{ }}, which stand between "
+            "names and in patterns, and without what cannot be seen"
         )
     return value
 
 
 def _over(value: Any) -> Any:
-    return value if value in ("run", "stage") else parse_count(value, "tokens")
+    if value in ("run", "stage"):
+        return value
+    if (count := parse_count(value, "tokens")) == 0:
+        raise ValueError('R is 0 tokens: give "run", "stage", or a count such as "400B"')
+    return count
 
 
 Seed = Annotated[int, BeforeValidator(_seed)]
@@ -140,7 +145,7 @@ class AxisSection(Section):
     set: list[str] = Field(min_length=1, description='keys, for example "stages.init.mixture.code"')
     values: list[Any] | None = Field(None, min_length=1, description="each is given to every key of set")
     rows: list[list[Any]] | None = Field(None, min_length=1, description="each has one value for each key of set")
-    labels: list[str] | None = Field(None, description="what arms are called by; default the values, or their numbers")
+    labels: list[Name] | None = Field(None, description="what arms are called by; default the values, or their numbers")
 
     @model_validator(mode="after")
     def _check(self) -> AxisSection:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.data.weight_function import WeightFunction
 from megatron.study.graph import Graph
 from megatron.study.identity import Document
 from megatron.study.mixture_in_words import mixture_in_words
@@ -92,9 +93,10 @@ def _compared(
     here, there = ({(one.key, repr(one.value)): one for one in step.overrides} for step in (mine[0][1], theirs[0][1]))
     keys = {key for key, _ in changes}
     made = [one for word, one in (here | there).items() if (word in here) != (word in there) and _matters(one, keys)]
-    about = [one for one in made if one.key == key] or [one for one in made if one.stage in (None, mine[0][1].label)]
+    label = mine[0][1].label
+    about = [one for one in made if one.key == key] or [one for one in made if one.stage in (None, label)] or made
     by = tuple(dict.fromkeys(f"{one.by}: {one.key}" for one in about))
-    asked = bool(made) and all(one.stage is not None for one in made)
+    asked = bool(made) and all(one.stage == label for one in made)
     names, others = tuple(name for name, _ in mine), tuple(name for name, _ in theirs)
     return Lost(library, names, others, key, values, more, by, asked, tokens)
 
@@ -120,7 +122,20 @@ def differences(one: Document, other: Document) -> list[tuple[str, tuple[str, st
         if here.get(key) != there.get(key) and key.rpartition(".")[0] not in sources
     ]
     keys.sort(key=lambda key: _ORDER.index(top) if (top := key.split(".")[0]) in _ORDER else len(_ORDER))
-    return [(key, (_shown(key, here.get(key)), _shown(key, there.get(key)))) for key in keys]
+    return [(key, _both(key, here.get(key), there.get(key))) for key in keys]
+
+
+def _both(key: str, one: Any, other: Any) -> tuple[str, str]:
+    """Two values that differ, so that it is seen."""
+    shown = _shown(key, one), _shown(key, other)
+    if shown[0] == shown[1] and key == "stage.mixture":
+        return f"{shown[0]}{_begins(one)}", f"{shown[1]}{_begins(other)}"
+    return shown
+
+
+def _begins(mixture: Any) -> str:
+    starts = ", ".join(f"{segment.start:,}" for segment in WeightFunction.from_json(mixture).segments)
+    return f" (steps begin at samples {starts})"
 
 
 def _leaves(document: Document, place: str = "") -> list[tuple[str, Any]]:

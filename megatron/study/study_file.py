@@ -88,7 +88,9 @@ def _read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
         return text, tomllib.loads(text, parse_float=Decimal)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {what}") from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder: name the {what} in it") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None

@@ -272,6 +272,7 @@ def prepared(tmp_path: Path, text: str, **options: Any) -> Any:
         ("\n{% if %}", "line 2"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "no token"),
         ("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}", "no token"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "puts the loss on 'assistant', without the answer"),
         ("{{ raise_exception('not today') }}", "not today"),
         ("{{ messages[0].content.nothing() }}", "refuses"),
         ("{{ ''.__class__.__mro__ }}{{ messages[1].content }}", "refuses"),

@@ -73,6 +73,15 @@ def test_absolute_tokens_are_met_to_the_sample() -> None:
     assert stage.counts == {"python": 1500, "rust": 500, "web": 18_000}
 
 
+def test_amounts_beside_a_length_of_the_stage_are_shares_and_that_is_said() -> None:
+    amounts = {"web": "1.8M", "code": "200K"}
+    (note,) = [
+        note for note in resolve({"tokens": "1M", "mixture_tokens": amounts}).stages[0].notes if "come to" in note
+    ]
+    assert "mixture_tokens come to 2,000,000, and the stage is 1,000,000 by a length of its own" in note
+    assert not any("come to" in note for note in resolve({"tokens": "2M", "mixture_tokens": amounts}).stages[0].notes)
+
+
 def test_epochs_of_each_source() -> None:
     schedule = resolve({"mixture_epochs": {"python": 2, "web": Decimal("0.5")}})
     assert schedule.stages[0].counts == {"python": 60_000, "web": 60_000}

@@ -207,6 +207,16 @@ def test_a_rate_that_begins_anew_with_its_optimizer_is_no_mishap(
     assert [(row["gravity"], row["stage"]) for row in found if row["kind"] == "lr-jump"] == [(gravity, "tuned")]
 
 
+def test_what_a_stage_takes_over_has_to_be_there(tmp_path: Path) -> None:
+    first = {"name": "first", "steps": 5, "mixture": {"a": 1}, "lr": {"peak": 1e-2}}
+    there = {"weights": str(tmp_path), "optimizer": "frsh", "cursors": "continue"}
+    config = run_config(tmp_path, {"a": {"tokens": 10**6}}, [first | {"take": there}])
+    found = warnings_of(plan_of(resolve_run(config), config.stages), "bytes")
+    (row,) = [row for row in found if row["kind"] == "train-refuses" and "take." in row["text"]]
+    assert row["gravity"] == "high" and row["stage"] == "first"
+    assert "take.optimizer = 'frsh' of stage 'first': it is neither \"continue\" nor \"fresh\"" in row["text"]
+
+
 def test_a_source_without_a_weight_and_weights_that_are_normalised_are_said(tmp_path: Path) -> None:
     changed = stages()[:1]
     changed[0]["mixture"] = {"python": 1, "web": 3}

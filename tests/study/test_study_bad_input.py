@@ -54,6 +54,37 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "axis key": (axis("optimizer.weight_decy"), ("axis x: optimizer.weight_decy", "did you mean 'weight_decay'?")),
     "axis table": (axis("optimiser.weight_decay"), ("did you mean 'optimizer'?",)),
     "axis whole table": (axis("optimizer"), ("optimizer is a table",)),
+    "set without quotes": (
+        tables({"a": {"stages": ["init"], "set": {"optimizer": {"eps": 1}}}}, STAGES),
+        ("optimizer is a table", 'in quotes: "optimizer.eps" = …'),
+    ),
+    "axis and set": (
+        tables(
+            {"a": {"stages": ["init"], "axes": ["x"], "set": {"train.z_loss": 0}}},
+            STAGES,
+            study=HEAD,
+            axes={"x": {"set": ["train.z_loss"], "values": [0, 1]}},
+        ),
+        ("axis x: train.z_loss: is set by arms.a.set, too",),
+    ),
+    "axis twice": (
+        tables(
+            {"a": {"stages": ["init"], "axes": ["x", "x"]}},
+            STAGES,
+            study=HEAD,
+            axes={"x": {"set": ["train.z_loss"], "values": [0, 1]}},
+        ),
+        ("axis x: train.z_loss: is set twice",),
+    ),
+    "label": (axis("train.z_loss", labels=["a b", "c"]), ("axes.x.labels.0", "'a b' is no name")),
+    "label up": (axis("train.z_loss", labels=["..", "c"]), ("'..' is no name",)),
+    "name unseen": (tables({"a\u200b": {"stages": ["init"]}}, STAGES), ("is no name", "cannot be seen")),
+    "cap of no tokens": (tables(PLAIN, {"init": stage(cap={"epochs": 1, "over": 0})}), ("cap.over", "R is 0 tokens")),
+    "endless": (tables(PLAIN, {"init": stage(steps=10**29)}), ("the most that is counted here",)),
+    "documents without tokens": (
+        tables(PLAIN, STAGES, base={**BASE, "sources": {"web": {"tokens": 10, "documents": 11}}}),
+        ("sources.web", "11 documents have more than 10 tokens"),
+    ),
     "axis stage": (axis("stages.inti.steps"), ("no stage 'inti'", "did you mean 'init'?")),
     "axis stage key": (axis("stages.init.stepz"), ("did you mean 'steps'?",)),
     "axis lr key": (axis("stages.init.lr.peek"), ("did you mean 'peak'?",)),

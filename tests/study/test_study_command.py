@@ -152,7 +152,7 @@ def test_hours_of_nodes_are_those_of_the_run_that_has_their_stages(capsys: pytes
         (["plan", str(FULL[0]), "--hardware", "h100", "--processes", "0"], "at least one"),
         (["plan", str(FULL[0]), "--html", "plan.txt"], "ends in .html"),
         (["plan", "none.toml"], "none.toml: no such study file"),
-        (["plan", str(STUDIES)], "not a TOML file"),
+        (["plan", str(STUDIES)], "is a folder: name the study file in it"),
         (["plan", str(ROOT / "examples" / "minimal.toml")], "stagemix plan"),
     ],
 )

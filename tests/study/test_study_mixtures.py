@@ -52,6 +52,10 @@ def test_rows_and_names(tmp_path: Path) -> None:
     section = WeightsFromSection(file="s.csv", row=2, names={"train_web": "web", "train_code": "code"})
     found = read_weights(section, tmp_path, GROUPS, "s")
     assert found.weights == {"web": Decimal("0.4"), "code": Decimal("0.6")} and found.absent == ()
+    for name in ("map.json", "w.csv", "bare.csv"):
+        (tmp_path / name).write_text(FORMS[name])
+        with pytest.raises(ConfigError, match="row = 2, and .* one mixture.* leave row out"):
+            read_weights(WeightsFromSection(file=name, row=2), tmp_path, GROUPS, "s")
     partial = WeightsFromSection(file="p.csv")
     (tmp_path / "p.csv").write_text("source,weight\npython,1\n")
     assert read_weights(partial, tmp_path, GROUPS, "s").absent == ("rust", "web")
@@ -71,7 +75,13 @@ WRONG = {
     "web,python\n0.5,0.5,0.1\n": ("3 values for 2 columns",),
     "0.5,0.5\n": ("'0.5' is neither",),
     '{"web": }': ("line 1", "not valid JSON"),
-    '{"web": true}': ("weight True",),
+    '{"web": true}': ("weight 'True'",),
+    '{"web": 0.7, "python": 0.3, "web": 0.2}': ("'web' stands twice",),
+    '{"weights": {"web": 1}, "mix": {"rust": 1}}': ("under 'weights' and under 'mix'", "leave one"),
+    "[" * 100_000: ("cannot be read as weights",),
+    f'{{"web": {"9" * 5000}}}': ("cannot be read as weights",),
+    "web,O.5\npython,0.3\nrust,0.2\n": ("line 1", "'O.5'"),
+    "web,50%\npython,0.5\n": ("line 1", "'50%'"),
     "[3]": ("entry 1",),
     "{}": ("holds no weights",),
 }
@@ -151,6 +161,9 @@ def test_a_cap_is_over_the_run_the_stage_or_a_count(tmp_path: Path) -> None:
         assert isinstance(step, TrainStep)
         shares[over] = float(step.stage.weights.weight("rust", 0))
         assert "cap of 1 epochs" in step.notes[0] and "rust 90 %" in step.notes[0]
+    short = stage(steps=500, mixture={"web": 1, "rust": 9}, cap={"epochs": 1, "over": "1K"})
+    (step,) = planned(tmp_path, tables({"a": {"stages": ["s"]}}, {"s": short})).arms["a"].steps
+    assert "over 1K tokens (of a stage of 32K, which may so take more epochs)" in step.notes[0]
     assert shares == pytest.approx({"run": 0.3125, "stage": 0.625, "110K": 20 / 110}, abs=2e-6)
 
 

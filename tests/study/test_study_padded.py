@@ -44,6 +44,50 @@ def test_a_padded_stage_of_a_source_without_data_needs_its_documents(tmp_path: P
         planned(tmp_path, study(None, padded=PADDED))
 
 
+def test_loss_tokens_of_sources_without_data_are_those_of_their_documents(tmp_path: Path) -> None:
+    """rust and python: 20,000 tokens each, in documents of 5 and of 10: equal shares of tokens are 2:1 of samples."""
+    base = deepcopy(BASE)
+    base["sources"]["rust"] |= {"documents": 4000}
+    base["sources"]["python"] |= {"tokens": 20_000, "documents": 2000}
+    on = stage(mixture={"rust": 1, "python": 1}, objective="instruction", weigh_by="loss-tokens", steps=300) | PADDED
+    result = planned(tmp_path, tables({"a": {"stages": ["on"]}}, {"on": on}, base=base))
+    end = result.arms["a"].end
+    assert isinstance(end, TrainStep) and end.stage.counts == {"rust": 800, "python": 400}
+
+
+def trunk_and_branch(folder: Path, first: dict[str, Any], then: dict[str, Any], branches: bool) -> list[str]:
+    """The nodes of an arm of two stages over one source: the second a branch of an arm that has the first, or not."""
+    if not (folder / "t.bin").exists():
+        write_masked(folder / "t", chats(3, 60, 0.5))
+    base = {**BASE, "sources": {"t": {"data": [str(folder / "t")], "max_epochs": 9}}, "data": {"cache": str(folder)}}
+    stages = {"first": stage(mixture={"t": 1}) | first, "then": stage(mixture={"t": 1}) | then}
+    branch = {"from": "a", "stages": ["then"]} if branches else {"stages": ["first", "then"]}
+    graph = planned(folder, tables({"a": {"stages": ["first"]}, "b": branch}, stages, base=base)).graph
+    return list(next(arm.path for arm in graph.arms if arm.name == "b"))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [({}, PADDED), (PADDED, {}), (PADDED, {"packing": "padded", "too_long": "truncate"})]
+)
+def test_a_branch_may_read_the_trunks_source_in_another_way(
+    tmp_path: Path, first: dict[str, Any], then: dict[str, Any]
+) -> None:
+    """It is the same node as where the arm lists both; and it is refused past a cap as that is."""
+    assert trunk_and_branch(tmp_path, first, then, True) == trunk_and_branch(tmp_path, first, then, False)
+    for branches in (True, False):
+        with pytest.raises(ConfigError, match="'t' runs dry"):
+            trunk_and_branch(tmp_path, first, then | {"steps": 400}, branches)
+
+
+@pytest.mark.parametrize("words", [{"like": "first"}, {"reverse": "first"}, {"aggregate_of": ["first"]}])
+def test_a_branch_refers_to_a_stage_of_its_trunk(tmp_path: Path, words: dict[str, Any]) -> None:
+    stages = {"first": stage(mixture={"web": 3, "rust": 1}), "then": {"steps": 4, **words}}
+    arms = {"a": {"stages": ["first"]}, "b": {"from": "a", "stages": ["then"]}, "c": {"stages": ["first", "then"]}}
+    graph = planned(tmp_path, tables(arms, stages)).graph
+    paths = {arm.name: arm.path for arm in graph.arms}
+    assert paths["b"] == paths["c"]
+
+
 # -- caps: what is read, whatever the weights are shares of ------------------------------------------------------------
 
 

@@ -177,7 +177,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> PlannedStudy:
     base = words["base"]
     base["tokenizer"]["path"] = "bytes"
     base["data"]["cache"] = str(folder / "cache")
-    base["model"] |= {"hidden_size": 32, "num_hidden_layers": 1, "seq_length": 16}
+    base["model"] |= {"hidden_size": 48, "num_hidden_layers": 1, "seq_length": 16}
     base["train"] |= {"global_batch_size": 4, "micro_batch_size": 4, "precision": "fp32"}
     for name, stage in words["stages"].items():
         if name.startswith("pretrain"):

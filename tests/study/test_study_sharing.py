@@ -57,6 +57,28 @@ def test_an_axis_over_the_whole_run_is_told_and_one_over_its_own_stage_is_not(tm
     assert len(found["nodes"]) == 3
 
 
+def test_an_axis_over_another_stage_that_changes_the_trunk_is_told(tmp_path: Path) -> None:
+    """A cap over the whole run makes the mixture of the first stage depend on the length of the second."""
+    stages = {**STAGES, "init": stage(steps=100, mixture={"web": 1, "rust": 9}, cap={"epochs": 1, "over": "run"})}
+    axes = {"length": {"set": ["stages.on.steps"], "values": [200, 400]}}
+    arms = {"a": {"stages": ["init", "on"], "axes": ["length"]}}
+    found = plan(tmp_path, tables(arms, stages, study={"name": "s", "output": "o"}, axes=axes))
+    (text,) = warnings(found, "lost-sharing")
+    assert "arm a-400 does not share stage 'init'" in text and "(by axis length: stages.on.steps)" in text
+    assert not found["lost"][0]["asked"]
+
+
+def test_phases_that_begin_elsewhere_are_told_apart(tmp_path: Path) -> None:
+    """Where a source runs dry decides where its mixture changes, and shares alone look the same."""
+    base = {**BASE, "sources": {**BASE["sources"], "rust": {"tokens": 2000, "max_epochs": 1, "dry": "renormalise"}}}
+    axes = {"epochs": {"set": ["sources.rust.max_epochs"], "values": [1, 2]}}
+    stages = {"init": stage(steps=200, mixture={"web": 1, "rust": 1})}
+    arms = {"a": {"stages": ["init"], "axes": ["epochs"]}}
+    words = tables(arms, stages, study={"name": "s", "output": "o"}, axes=axes, base=base)
+    (text,) = warnings(plan(tmp_path, words), "lost-sharing")
+    assert text.count("(steps begin at samples 0, ") == 2
+
+
 def test_of_two_axes_the_one_that_changes_the_whole_run_is_told(tmp_path: Path) -> None:
     axes = {
         "mix": {"set": ["stages.init.mixture"], "values": [{"web": 1}, {"rust": 1}], "labels": ["w", "r"]},
@@ -173,6 +195,9 @@ def test_a_control_that_misses_its_aggregate_is_told(tmp_path: Path) -> None:
     mine, theirs = (totals(result.arms[name].end)[0] for name in odd)
     texts = warnings(study_plan(result), "unequal-control")
     assert bool(texts) == (mine != theirs)
+    odd["down"]["steps"] = 6
+    (text,) = warnings(study_plan(planned(tmp_path, tables({n: {"stages": [n]} for n in odd}, odd))), "unequal-control")
+    assert "stage 'down' is a control of the order of 'up', and has 24 samples where that has 12" in text
 
 
 # -- names in [results] and [report] -----------------------------------------------------------------------------------
@@ -180,9 +205,7 @@ def test_a_control_that_misses_its_aggregate_is_told(tmp_path: Path) -> None:
 
 def test_names_that_study_run_or_the_report_would_find_wrong_are_told(tmp_path: Path) -> None:
     def found(results: dict[str, Any], **scores: list[str]) -> list[tuple[str, str]]:
-        words = tables({"a": {"stages": ["init"]}}, STAGES, results=results, report={"scores": scores})
-        rows = plan(tmp_path, words)["warnings"]
-        return [(row["kind"], row["text"]) for row in rows if row["kind"] in ("study-run-refuses", "unknown-figure")]
+        return of_names(tmp_path, results, {"scores": scores})
 
     heldout = {"suites": [{"name": "heldout"}]}
     right = ["loss/web/loss", "loss/*/loss", "code", "heldout/heldout_web", "heldout_rust*", "*/python/bits_per_byte"]
@@ -205,6 +228,46 @@ def test_names_that_study_run_or_the_report_would_find_wrong_are_told(tmp_path: 
     harness = {"suites": [{"name": "mine", "suite": "harness", "tasks": ["piqa"], "online": True}]}
     assert found(harness, text=["mine/piqa", "piqa", "mine/piqa/acc"]) == []
     assert [kind for kind, _ in found(harness, text=["mien/piqa/acc"])] == ["unknown-figure"]
+
+
+def of_names(
+    folder: Path, results: dict[str, Any], report: dict[str, Any], held_out: str = "0.1"
+) -> list[tuple[str, str]]:
+    """Kinds and texts of the warnings about [results] and [report]."""
+    base = {**BASE, "validation": {"fraction": Decimal(held_out)}}
+    words = tables({"a": {"stages": ["init"]}, "b": {"stages": ["on"]}}, STAGES, results=results, report=report)
+    rows = plan(folder, words | {"base": base})["warnings"]
+    return [(row["kind"], row["text"]) for row in rows if row["kind"] in ("study-run-refuses", "unknown-figure")]
+
+
+REFUSED = {
+    "no held-out documents": ({"suites": [{"name": "heldout"}]}, "results.suites: heldout is about held-out documents"),
+    "no held-out documents for losses": ({"loss": {"tokens": 9}}, "results.loss is about held-out documents"),
+    "programs": ({"suites": [{"name": "code-vs-text"}]}, "humaneval, mbpp run programs that the model writes"),
+    "prompts": ({"samples": {"prompts": "nope.txt"}}, "results.samples.prompts = 'nope.txt': no such file"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_study_run_will_refuse_of_results_is_told_by_the_plan(tmp_path: Path, name: str) -> None:
+    results, words = REFUSED[name]
+    ((kind, text),) = of_names(tmp_path, results, {}, "0" if "held-out" in name else "0.1")
+    assert kind == "study-run-refuses" and words in text and "study.toml:" in text
+
+
+NAMELESS = {
+    "label": ({"labels": {"aa": "x"}}, "report.labels names 'aa', which is no arm: did you mean 'a'?"),
+    "labels": ({"labels": {"a": "b"}}, "report.labels: 2 arms are called 'b'"),
+    "share": ({"share": "codee"}, "report.share = 'codee' is no group or source: did you mean 'code'?"),
+    "plane": ({"pareto": ["code", "txt"]}, "report.pareto names 'txt', which is no score: scores are: "),
+}
+
+
+@pytest.mark.parametrize("name", NAMELESS)
+def test_names_of_the_report_that_nothing_is_called_by_are_told(tmp_path: Path, name: str) -> None:
+    report, words = NAMELESS[name]
+    ((kind, text),) = of_names(tmp_path, {}, report)
+    assert kind == "unknown-figure" and words in text
 
 
 # -- averages ----------------------------------------------------------------------------------------------------------
