@@ -41,7 +41,7 @@ def unknown_names(study: Study, arms: Mapping[str, ResolvedArm]) -> list[dict[st
                 text = f"{study.place('report')}: {key}: {pattern!r} matches nothing that [results] asks about"
                 text += f": {nearest(pattern.removesuffix('/loss'), known[:_SHOWN], 'it asks about')}"
                 rows.append({"gravity": "medium", "kind": "unknown-figure", "text": text})
-    texts = [*_unknown_labels(study), *_unknown_axes(study, asked, groups)]
+    texts = [*unknown_labels(study), *_shared_labels(study), *_unknown_axes(study, asked, groups)]
     return rows + [{"gravity": "medium", "kind": "unknown-figure", "text": text} for text in texts]
 
 
@@ -112,12 +112,18 @@ def _missing_prompts(study: Study) -> Iterator[str]:
             yield f"{study.place('results')}: results.{table}.prompts = {asked.prompts!r}: no such file"
 
 
-def _unknown_labels(study: Study) -> Iterator[str]:
+def unknown_labels(study: Study) -> Iterator[str]:
+    """What is wrong with each label of [report] whose arm there is not."""
     labels, arms = study.words.report.labels, arms_of(study)
     for name in labels:
         if name not in arms:
-            yield f"{study.place('report')}: report.labels names {name!r}, which is no arm: {nearest(name, arms)}"
-    shown = [labels.get(name, name) for name in arms]
+            place = study.place("report", "labels")
+            yield f"{place}: report.labels names {name!r}, which is no arm: {nearest(name, arms)}"
+
+
+def _shared_labels(study: Study) -> Iterator[str]:
+    labels = study.words.report.labels
+    shown = [labels.get(name, name) for name in arms_of(study)]
     for label in dict.fromkeys(one for one in shown if shown.count(one) > 1):
         yield f"{study.place('report')}: report.labels: {shown.count(label)} arms are called {label!r}"
 

@@ -12,7 +12,7 @@ from megatron.config.errors import CheckpointError, ConfigError, DataError
 from megatron.data.ledger import Ledger, StageRecord
 from megatron.evaluation.results import read_record
 from megatron.planner.ledger_files import read_ledger
-from megatron.study.arms import arms_of
+from megatron.study.asked_names import unknown_labels
 from megatron.study.graph import Node, PlacedArm
 from megatron.study.node_config import end_checkpoint, node_folder, study_folder
 from megatron.study.node_folder import NodeFolder
@@ -134,9 +134,8 @@ def read_study(planned: PlannedStudy, baseline: str | None = None) -> StudyRepor
     nodes = {name: _node(planned, name, states[name], groups, notes) for name in planned.graph.nodes}
     if chosen is None:
         notes.append("No baseline: say study.baseline, or --baseline ARM, and differences from it are shown.")
-    if unknown := [name for name in planned.study.words.report.labels if name not in (every := arms_of(planned.study))]:
-        place = planned.study.place("report", "labels")
-        raise ConfigError(f"{place}: report.labels names {unknown[0]!r}, which is no arm: {nearest(unknown[0], every)}")
+    if wrong := next(unknown_labels(planned.study), ""):
+        raise ConfigError(wrong)
     notes += _strangers(planned)
     notes += _dtypes(nodes)
     return StudyReport(planned, study_plan(planned), chosen, nodes, _missing(planned, nodes), notes)
