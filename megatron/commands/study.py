@@ -131,6 +131,8 @@ def _plan(args: argparse.Namespace) -> int:
         raise ConfigError(f"--processes {args.processes}: at least one is needed")
     if args.html is not None and args.html.suffix != ".html":
         raise ConfigError(f"--html {args.html}: give a name that ends in .html")
+    if args.json and args.graph is not None:
+        raise ConfigError(f"--json and --graph {args.graph}: both are for standard output: give one of them")
     plan = _planned(args)
     if args.html is not None:
         from megatron.study.page import write_study_page

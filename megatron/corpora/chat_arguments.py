@@ -72,6 +72,8 @@ def with_chat(read: ReadOptions, args: argparse.Namespace) -> tuple[ReadOptions,
             if getattr(args, name) != value:
                 raise ConfigError(f"--{name.replace('_', '-')} is for conversations: give --format chat too")
         return replace(read, chat_format=""), None
+    if args.too_long != "error" and args.max_tokens is None:
+        raise ConfigError(f"--too-long {args.too_long}: nothing is too long without a limit: give --max-tokens N too")
     options = ChatOptions(
         args.chat_template,
         args.chat_template_name,

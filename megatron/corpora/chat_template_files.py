@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import ConfigError, DataError
+from megatron.corpora.chat_builtin_templates import BUILTIN
 from megatron.tokenizers.base import Tokenizer
 
 TOOL_USE = "tool_use"  # the name under which tokenizers keep the template for conversations with tools
@@ -29,7 +31,11 @@ def found_templates(place: Path) -> dict[str, tuple[str, str]]:
             return _in_config(place)
         return {"default": (_text(place), str(place))}
     if not place.is_dir():
-        raise ConfigError(f"{place}: no such file or folder, and no built-in template is called so")
+        near = difflib.get_close_matches(str(place), BUILTIN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(BUILTIN)}"
+        raise ConfigError(
+            f"--chat-template {place}: no such file or folder, and no built-in template is called so: {hint}"
+        )
     found = _in_config(place / _CONFIG) if (place / _CONFIG).is_file() else {}
     if (place / _FILE).is_file():
         found = {"default": (_text(place / _FILE), str(place / _FILE))}

@@ -89,6 +89,12 @@ class MixtureWords:
 
     def _inner(self, group: str, table: Mapping[str, Decimal]) -> dict[str, Fraction]:
         members = [source for source, its in self._groups.items() if its == group]
+        if not members:
+            near = difflib.get_close_matches(group, sorted(set(self._groups.values())), n=1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"groups are: {', '.join(sorted(set(self._groups.values())))}"
+            )
+            raise ConfigError(f"{self._where}: within names {group!r}, which is no group of sources: {hint}")
         strangers = sorted(set(table) - set(members))
         if strangers or not any(table.values()):
             wrong = f"names {strangers[0]!r}" if strangers else "gives every source the weight 0"

@@ -14,6 +14,7 @@ from megatron.data.document_stream import packing_words
 from megatron.data.fim import FimSentinels
 from megatron.data.ledger import ALGORITHM, Ledger, SourceRecord, StageRecord
 from megatron.data.schedule import Schedule, TrainingStage
+from megatron.data.stage_mixture import weighted_names
 from megatron.data.stage_objective import StageObjective
 from megatron.data.stage_resolution import FrozenStage
 from megatron.data.weight_function import WeightFunction
@@ -59,10 +60,7 @@ def check_words(ledger: Ledger, sections: Sequence[StageSection], sources: Colle
         if (section.take.cursors == "continue") != ("cursors" not in record.taken):
             differences.append(f"stage {record.name!r}: take.cursors has changed, and the stage has begun")
         groups = {source.group for name, source in ledger.sources.items() if name in record.sizes}
-        tables = [section.mixture, section.mixture_tokens, section.mixture_epochs, section.adjust, section.ramp_to]
-        tables += [phase.mixture for phase in section.phases or []] + [phase.ramp_to for phase in section.phases or []]
-        tables += [part.mixture for part in section.blend or []]
-        for name in sorted({name for table in tables if table for name, weight in table.items() if weight}):
+        for name in sorted(weighted_names(section)):
             if name not in record.sizes and name not in groups:
                 differences.append(f"stage {record.name!r} now names {name!r}, which it did not know when it began")
     _refuse(differences)

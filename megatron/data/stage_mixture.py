@@ -18,6 +18,16 @@ WAYS = (
 )  # fmt: skip
 
 
+def weighted_names(section: StageSection) -> set[str]:
+    """The sources and groups that a stage itself gives a weight or an amount above zero."""
+    tables: list[Mapping[str, Decimal | int] | None] = [
+        section.mixture, section.mixture_tokens, section.mixture_epochs, section.adjust, section.ramp_to,
+    ]  # fmt: skip
+    tables += [phase.mixture for phase in section.phases or []] + [phase.ramp_to for phase in section.phases or []]
+    tables += [part.mixture for part in section.blend or []]
+    return {name for table in tables if table for name, weight in table.items() if weight}
+
+
 @dataclass(frozen=True)
 class MixtureReference:
     """What other stages may take of a stage or template: its mixture over time, and its tokens of each source."""
@@ -122,7 +132,9 @@ class StageMixture:
 
     def _stepwise(self, phases: list[PhaseSection]) -> MixtureProfile:
         said = [phase.share for phase in phases if phase.share is not None]
-        if not phases or (said and len(said) != len(phases)):
+        if not phases:
+            raise ConfigError(f"{self._where}: phases is empty: give at least one, or mixture instead")
+        if said and len(said) != len(phases):
             raise ConfigError(f"{self._where}: phases: give every phase a share, or none for equal parts")
         if said and sum(said) != 1:
             raise ConfigError(f"{self._where}: the shares of its phases sum to {sum(said)}, not to 1")

@@ -15,7 +15,7 @@ from megatron.data.document_counts import DocumentCounts, PaddedEpoch, PaddedEpo
 from megatron.data.dry_sources import solve_events
 from megatron.data.mixture_profile import MixtureProfile, Weights
 from megatron.data.mixture_words import MixtureWords
-from megatron.data.stage_mixture import MixtureReference, StageMixture
+from megatron.data.stage_mixture import MixtureReference, StageMixture, weighted_names
 from megatron.data.stage_objective import LearnedSource, ObjectiveWords, StageObjective
 from megatron.data.stage_shapes import StageShapes, lay_out, nearest_length, notes_on_length, shape_words
 from megatron.data.weight_function import Segment, WeightFunction
@@ -134,6 +134,8 @@ class StageResolver:
         shapes, samples = self._length(profile, run_tokens)
         frozen = self.frozen
         self._note_amounts(shapes.tokens_at(samples))
+        for group in sorted(set(self.section.within) - weighted_names(self.section)):
+            self.notes.append(f"within.{group} changes nothing: no weight of this stage is {group!r}'s")
         weights = self._weights(profile, frozen.resolved_samples if frozen is not None else samples)
         return ResolvedStage(samples, shapes, self._without_dry(weights, shapes, samples), profile)
 

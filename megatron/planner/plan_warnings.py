@@ -14,6 +14,7 @@ from megatron.planner.repetition import MUCH_REPEATED
 
 GRAVITIES = ("high", "medium", "low")
 _JUMP = 0.01  # of the larger rate: less is rounding of a law's end
+_ROUNDED = 0.05  # of the tokens asked for: more is another length than the one that was meant
 
 Warned = dict[str, Any]
 
@@ -177,6 +178,13 @@ def _jumps(plan: Mapping[str, Any]) -> Iterator[Warned]:
             yield {"gravity": "low" if meant else "medium", "kind": "lr-jump", "stage": name, "text": text}
 
 
+def _rounding(asked: int | None, tokens: int) -> str | None:
+    """How grave it is that a length became whole batches; None where the table's two numbers are enough."""
+    if asked is None:
+        return "low"
+    return "medium" if abs(tokens - asked) > _ROUNDED * asked else None
+
+
 def _stage_notes(plan: Mapping[str, Any]) -> Iterator[Warned]:
     """What resolution noted, without what other warnings and "asked_tokens" say better."""
     for stage in plan["stages"]:
@@ -185,8 +193,9 @@ def _stage_notes(plan: Mapping[str, Any]) -> Iterator[Warned]:
             if "normalised" in note:
                 yield {"gravity": "low", "kind": "normalised", "stage": stage["name"], "text": f"{where}: {note}"}
             elif "tokens asked" in note:
-                if stage.get("asked_tokens") is None:
-                    yield {"gravity": "low", "kind": "rounded", "stage": stage["name"], "text": f"{where}: {note}"}
+                gravity = _rounding(stage.get("asked_tokens"), stage["tokens"])
+                if gravity is not None:
+                    yield {"gravity": gravity, "kind": "rounded", "stage": stage["name"], "text": f"{where}: {note}"}
             elif "runs dry" not in note or " at sample 0 " in note:
                 yield {"gravity": "low", "kind": "note", "stage": stage["name"], "text": f"{where}: {note}"}
         if stage["cursor"] == "restart":

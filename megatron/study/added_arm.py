@@ -50,6 +50,9 @@ def table_of(arm: NewArm) -> str:
     if arm.parent is not None:
         lines.append(f"from = {json.dumps(arm.parent, ensure_ascii=False)}")
     lines.append(f"stages = [{', '.join(_stage(stage) for stage in arm.stages)}]")
+    keys = [words.partition("=")[0].strip() for words in arm.sets]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ConfigError(f"--set {twice}=…: is given twice: an arm has one value of a key")
     if arm.sets:
         lines.append(f"set = {{ {', '.join(_set(words) for words in arm.sets)} }}")
     if arm.experiment:

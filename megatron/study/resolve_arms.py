@@ -12,13 +12,14 @@ from fractions import Fraction
 from typing import Any
 
 from megatron.config.errors import ChangedPastError, ConfigError, StagemixError
-from megatron.config.load import Places, config_from_tables
+from megatron.config.load import config_from_tables
 from megatron.config.schema import RunConfig, StageSection
 from megatron.data.ledger import Ledger
 from megatron.data.mixture_words import MixtureWords
 from megatron.data.sources import OpenSource, TokenizerIdentity
 from megatron.data.stage_objective import OF_LOSS_TOKENS
 from megatron.planner.resolve import ResolvedRun, cache_folder, open_run_sources, resolve_run
+from megatron.study.arm_places import ArmPlaces
 from megatron.study.arms import ArmWords
 from megatron.study.branches import check_branch
 from megatron.study.caps import capped
@@ -85,8 +86,8 @@ class _Resolver:
             if name in self._open:
                 circle = " -> ".join([*self._open[self._open.index(name) :], name])
                 raise ConfigError(
-                    f"{self._arms[name].place}: arms branch from each other in a circle: {circle}: one of them must "
-                    "list its stages from the beginning"
+                    f"{self._arms[name].place}: arms need each other in a circle, by from or average: {circle}: one of "
+                    "them must do without"
                 )
             self._open.append(name)
             words = self._arms[name]
@@ -108,7 +109,7 @@ class _Resolver:
         where = f"{self._where(words)}: {key} = {reference!r}"
         name, slash, label = reference.partition("/")
         if name not in self._arms:
-            raise ConfigError(f"{where}: there is no arm {name!r}: {nearest(name, self._arms, 'arms are')}")
+            raise ConfigError(f"{where}: there is no arm {name!r}: {self._near(name)}")
         steps = self.arm(name).steps
         if not slash:
             return steps[-1]
@@ -117,6 +118,12 @@ class _Resolver:
             known = nearest(label, [step.label for step in steps], f"stages of {name} are")
             raise ConfigError(f"{where}: arm {name!r} has no stage {label!r}: {known}")
         return found[-1]
+
+    def _near(self, name: str) -> str:
+        points = [arm.name for arm in self._arms.values() if arm.table == name]
+        if points:  # one that axes have made several of
+            return f"the axes of [arms.{name}] make {', '.join(points)} of it: name one of them"
+        return nearest(name, self._arms, "arms are")
 
 
 class _Arm:
@@ -309,7 +316,7 @@ class _Arm:
             "stages": [*trunk, *(self._tables_of(one) for one in own)],
             "templates": [*(one for one in inherited if one.name not in known), *templates],
         }
-        config = config_from_tables(tables, Places(self._where))
+        config = config_from_tables(tables, ArmPlaces(self._where, study=self._study, sets=words.overrides))
         ledger = planned_ledger(chain)
         if any(one.stage.cap for one in own):
             config = self._with_caps(config, own, len(chain), ledger)

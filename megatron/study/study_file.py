@@ -24,8 +24,8 @@ OF_THE_STUDY = {
 
 @dataclass(frozen=True)
 class Study:
-    """A study file. base: tables that all arms have, without [run] and [[stages]]; stages: the library as written ·
-    notes: what was left aside."""
+    """A study file. base: tables that all arms have, without [run] and [[stages]], and where they are written; stages:
+    the library as written · notes: what was left aside."""
 
     path: Path
     places: Places
@@ -33,6 +33,13 @@ class Study:
     base: dict[str, Any]
     stages: dict[str, dict[str, Any]]
     notes: tuple[str, ...] = ()
+    base_places: Places = Places()
+
+    def base_place(self, *location: str | int) -> str:
+        """FILE:LINE of a table or key of the base: of the study file's own [base], or of the file that it names."""
+        here = self.words.base is not None or location[0] == "evaluation" and self.words.evaluation is not None
+        prefix = () if self.words.base is None or location[0] not in self.words.base else ("base",)
+        return (self.places if here else self.base_places).of((*prefix, *location))
 
     def place(self, *location: str) -> str:
         """FILE:LINE of a table or key, for messages."""
@@ -46,7 +53,7 @@ def load_study(path: Path) -> Study:
     if "run" in tables and "study" not in tables:
         raise ConfigError(f"{path}: has [run] and no [study]: it is the config of one run; plan it with stagemix plan")
     words = validated(StudyConfig, tables, places)
-    base, notes = _base(path, places, words)
+    base, notes, base_places = _base(path, places, words)
     for name, stage in words.stages.items():
         if "name" in stage:
             raise ConfigError(
@@ -56,7 +63,7 @@ def load_study(path: Path) -> Study:
         check_stage(stage, f"stages.{name}", places.of(("stages", name)))
     if words.study.baseline is None:
         notes = [*notes, "study.baseline is not said: reports need the arm that others are compared with"]
-    return Study(path, places, words, base, words.stages, tuple(notes))
+    return Study(path, places, words, base, words.stages, tuple(notes), base_places)
 
 
 def with_seeds(study: Study, seeds: Sequence[int]) -> Study:
@@ -96,8 +103,9 @@ def _read(path: Path, what: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def _base(path: Path, places: Places, words: StudyConfig) -> tuple[dict[str, Any], list[str]]:
-    """The tables of the base, and notes on what of it does not count."""
+def _base(path: Path, places: Places, words: StudyConfig) -> tuple[dict[str, Any], list[str], Places]:
+    """The tables of the base, notes on what of it does not count, and where a file of its own has them."""
+    its = places
     if (words.base is None) == (words.study.base is None):
         said = "both study.base and [base]" if words.base is not None else "neither study.base nor [base]"
         raise ConfigError(
@@ -112,7 +120,8 @@ def _base(path: Path, places: Places, words: StudyConfig) -> tuple[dict[str, Any
     else:
         assert words.study.base is not None
         file = path.parent / words.study.base
-        _, tables = _read(file, "config file: study.base is relative to the study file")
+        text, tables = _read(file, "config file: study.base is relative to the study file")
+        its = Places(str(file), text)
         notes = [f"[{name}] of {file} does not count: {why}" for name, why in OF_THE_STUDY.items() if name in tables]
         base, where = {name: table for name, table in tables.items() if name not in OF_THE_STUDY}, str(file)
     unknown = [name for name in base if name not in RunConfig.model_fields]
@@ -125,4 +134,4 @@ def _base(path: Path, places: Places, words: StudyConfig) -> tuple[dict[str, Any
                 f"{places.of(('evaluation',))}: [evaluation] of the study and of the base ({where}): keep one"
             )
         base["evaluation"] = words.evaluation.model_dump(exclude_unset=True)
-    return base, notes
+    return base, notes, its

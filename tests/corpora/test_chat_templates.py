@@ -313,7 +313,7 @@ def test_templates_are_found_where_transformers_keeps_them(tmp_path: Path) -> No
     write_tokenizer(tmp_path / "t")
     with pytest.raises(ConfigError, match="no chat template is beside the tokenizer"):
         prepare_chat(ChatOptions(), tokenizer)
-    with pytest.raises(ConfigError, match="no such file or folder"):
+    with pytest.raises(ConfigError, match="no such file or folder.*did you mean 'chatml'"):
         prepare_chat(ChatOptions("chatlm"), tokenizer)
 
 

@@ -292,6 +292,10 @@ def test_text_data_have_no_mask_and_the_same_manifest_as_before(tmp_path: Path) 
     for wrong in (["--max-tokens", "8"], ["--chat-template", "chatml"]):
         with pytest.raises(ConfigError, match="give --format chat too"):
             main(["--input", "x", "--output-prefix", "y", "--tokenizer", "bytes", *wrong])
+    with pytest.raises(ConfigError, match="nothing is too long without a limit: give --max-tokens"):
+        main([
+            "--input", "x", "--output-prefix", "y", "--tokenizer", "bytes", "--format", "chat", "--too-long", "drop",
+        ])  # fmt: skip
 
 
 def test_the_mask_is_read_as_it_was_written(tmp_path: Path, tokenizer: Path) -> None:

@@ -69,6 +69,10 @@ def test_an_arm_that_is_there_in_other_words_says_so(tmp_path: Path, capsys: pyt
         (["new", "--stage", "{ use = init }"], "is neither a name nor a table"),
         (["new", "--stage", "init", "--set", "optimizer.weight_decay"], "write KEY=VALUE"),
         (["new", "--stage", "init", "--set", "optimiser.weight_decay=1"], "did you mean 'optimizer'?"),
+        (
+            ["new", "--stage", "init", "--set", "train.z_loss=0", "--set", "train.z_loss=1"],
+            "--set train.z_loss=…: is given twice",
+        ),
         (["new", "--stage", "on"], "lr"),
         (["a/b", "--stage", "init"], "is no name"),
         (["new", "--stage", "code", "--from", "text/on", "--set", "model.hidden_size=64"], "changes what that was"),

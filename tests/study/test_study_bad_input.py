@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study.made_studies import BASE, planned, stage, tables, write
+from study.made_studies import BASE, LR, planned, stage, tables, write
 
 from megatron.config.errors import ConfigError
-from megatron.study.plan import plan_study
+from megatron.study.plan import plan_study, study_plan
 
 STAGES = {"init": stage(), "cool": stage(mixture={"code": 1})}
 PLAIN = {"a": {"stages": ["init"]}}
@@ -43,9 +43,9 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "parent stage": (arms(b={"from": "a/inti", "stages": ["cool"]}), ("'a/inti'", "did you mean 'init'?")),
     "cycle": (
         tables({"a": {"from": "b", "stages": ["init"]}, "b": {"from": "a", "stages": ["cool"]}}, STAGES),
-        ("circle: a -> b -> a", "list its stages"),
+        ("circle, by from or average: a -> b -> a", "do without"),
     ),
-    "own parent": (tables({"a": {"from": "a/init", "stages": ["init"]}}, STAGES), ("circle: a -> a",)),
+    "own parent": (tables({"a": {"from": "a/init", "stages": ["init"]}}, STAGES), ("a -> a",)),
     "seed words": (seeds("one"), ("study.seeds.0", "'one' is no seed", "[1, 2, 3]")),
     "seed below 0": (seeds(-1), ("-1", "no seed")),
     "seed fraction": (seeds(Decimal("1.5")), ("1.5", "no seed")),
@@ -145,6 +145,20 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("cap.over", "a count of tokens, and '7 steps' counts steps"),
     ),
     "unit of losses": (tables(PLAIN, STAGES, results={"loss": {"tokens": "5 steps"}}), ("'5 steps' counts steps",)),
+    "arm that axes renamed": (
+        tables(
+            {"a": {"stages": ["init"], "axes": ["x"]}, "b": {"from": "a/init", "stages": ["cool"]}},
+            STAGES,
+            study=HEAD,
+            axes={"x": {"set": ["train.z_loss"], "values": [0, 1]}},
+        ),
+        ("there is no arm 'a'", "the axes of [arms.a] make a-0, a-1 of it"),
+    ),
+    "within of no group": (
+        tables(PLAIN, {"init": stage(within={"coed": {"python": 1}})}),
+        ("within names 'coed', which is no group of sources", "did you mean 'code'?"),
+    ),
+    "no phases": (tables(PLAIN, {"init": {"steps": 4, "phases": [], "lr": LR}}), ("phases is empty: give",)),
     "far name": (arms(b={"from": "nope/init", "stages": ["cool"]}), ("there is no arm 'nope'", "arms are: a, b")),
     "average of nothing": (averaging(average=["a/init", "c/init"]), ("average = 'c/init'", "no arm 'c'")),
     "average weights": (averaging(average=["a/init", "a"], weights=[1]), ("1 weights for 2 checkpoints",)),
@@ -220,3 +234,35 @@ def test_positions_that_a_later_branch_needs(tmp_path: Path) -> None:
         planned(tmp_path, words)
     base["model"]["max_position_embeddings"] = 64
     assert len(planned(tmp_path, words).graph.nodes) == 2
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_mistake_in_the_base_is_found_where_it_is_written(tmp_path: Path, apart: bool) -> None:
+    wrong = {**BASE, "optimizer": {"weight_decay": "lots"}}
+    words = tables(PLAIN, STAGES, base=wrong)
+    place = tmp_path / "study.toml"
+    if apart:
+        place = write(tmp_path, wrong, "base.toml")
+        words = tables(PLAIN, STAGES, study=HEAD | {"base": "base.toml"})
+        del words["base"]
+    path = write(tmp_path, words)
+    with pytest.raises(ConfigError) as caught:
+        plan_study(path)
+    line = 1 + next(n for n, text in enumerate(place.read_text().splitlines()) if "lots" in text)
+    assert str(caught.value).startswith(f"{place}:{line}: the base, first read for arm 'a': optimizer.weight_decay")
+
+
+def test_a_length_that_is_far_from_whole_batches_is_warned_of(tmp_path: Path) -> None:
+    one = {"lr": LR, "mixture": {"web": 1}}
+    for tokens, warned in ((1, True), (63, False), (64, False), (100, True)):
+        study = planned(tmp_path, tables(PLAIN, {"init": {"tokens": tokens, **one}}))
+        found = [row["text"] for row in study_plan(study)["warnings"] if row["kind"] == "rounded"]
+        assert bool(found) == warned and all(f"{tokens} tokens asked" in text for text in found), found
+
+
+def test_shares_within_a_group_without_weight_are_noted(tmp_path: Path) -> None:
+    inside = {"code": {"python": 1}}
+    for mixture, noted in (({"web": 1}, True), ({"web": 1, "code": 1}, False)):
+        study = planned(tmp_path, tables(PLAIN, {"init": stage(mixture=mixture, within=inside)}))
+        texts = [row["text"] for row in study_plan(study)["warnings"]]
+        assert any("within.code changes nothing" in text for text in texts) == noted, texts

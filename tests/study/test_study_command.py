@@ -69,6 +69,8 @@ def test_the_graph_in_both_languages(capsys: pytest.CaptureFixture[str]) -> None
     assert mermaid.startswith("graph LR") and mermaid.count("-->") == 7
     assert main(["graph", str(FULL[0]), "--arm", "N*"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "pretrain-text [27.8B]"
+    with pytest.raises(ConfigError, match="--json and --graph dot: both are for standard output"):
+        main(["plan", str(FULL[0]), "--graph", "dot", "--json"])
 
 
 class _Balanced(HTMLParser):
