@@ -135,7 +135,7 @@ class StageResolver:
         frozen = self.frozen
         self._note_amounts(shapes.tokens_at(samples))
         for group in sorted(set(self.section.within) - weighted_names(self.section)):
-            self.notes.append(f"within.{group} changes nothing: no weight of this stage is {group!r}'s")
+            self.notes.append(f"within.{group} changes nothing: the stage gives that group no weight")
         weights = self._weights(profile, frozen.resolved_samples if frozen is not None else samples)
         return ResolvedStage(samples, shapes, self._without_dry(weights, shapes, samples), profile)
 
