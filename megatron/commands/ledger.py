@@ -17,7 +17,15 @@ from megatron.data.ledger_events import event_words, not_trained
 from megatron.data.stage_objective import StageObjective
 from megatron.planner.ledger_comparison import Difference, Parting, differences, parting, same_samples
 from megatron.planner.ledger_files import checkpoint_folders, read_ledger
-from megatron.planner.ledger_sides import side_by_side, stage_position
+from megatron.planner.ledger_sides import (
+    aggregate_words,
+    beyond_order,
+    repeated_tokens,
+    repeated_words,
+    side_by_side,
+    stage_position,
+    totals_by_source,
+)
 
 EPILOG = """\
 example:
@@ -27,8 +35,9 @@ example:
   stagemix ledger diff runs/mine                       # its two newest checkpoints: what was trained on in between
 
 `diff` exits with 0 when both have consumed the same samples in the same order, and with 5 when they have not. With
---json it prints "same", "a", "b", "differences" (each with "what", "words", "a", "b"), "parting" (with "sample",
-"reason", "known") and "rows".
+--json it prints "same"; "same_aggregate" (as many samples and tokens of each source over the whole run); "a" and "b",
+each with "repeated", its tokens by source that were trained on before; "beyond_order" (what differs besides order and
+amounts); "differences" (each with "what", "words", "a", "b"); "parting" (with "sample", "reason", "known"); and "rows".
 """
 _EXTRAS = ("padding", "unused", "skipped", "skipped_documents", "truncated", "displaced")
 
@@ -152,17 +161,28 @@ def _diff(a: Path, b: Path | None, as_json: bool, console: Console) -> int:
     one, other = read_ledger(a), read_ledger(b)
     same, found, parted = same_samples(one, other), differences(one, other), parting(one, other)
     rows = side_by_side(one, other)
+    totals, beyond = (totals_by_source(one), totals_by_source(other)), beyond_order(one, other)
     if as_json:
         sides = {
-            key: {"path": str(path), "consumed_samples": ledger.consumed_samples, "order": ledger.order_hash}
+            key: {
+                "path": str(path),
+                "consumed_samples": ledger.consumed_samples,
+                "order": ledger.order_hash,
+                "repeated": repeated_tokens(ledger),
+            }
             for key, path, ledger in (("a", a, one), ("b", b, other))
         }
-        record = {"same": same, **sides, "differences": [difference.to_json() for difference in found]}
+        record = {"same": same, "same_aggregate": totals[0] == totals[1], **sides, "beyond_order": beyond}
+        record["differences"] = [difference.to_json() for difference in found]
         print(json.dumps(record | {"parting": parted.to_json(), "rows": rows}, indent=2))
     else:
         console.print(f"A {a}: {one.consumed_samples:,} samples, order {one.order_hash}", soft_wrap=True)
         console.print(f"B {b}: {other.consumed_samples:,} samples, order {other.order_hash}", soft_wrap=True)
         _show_difference(rows, found, parted, same, console)
+        words = [aggregate_words(*totals)]
+        words += [f"besides order and amounts: {', '.join(beyond) or 'nothing'} differs"]
+        words += [f"{name}: {repeated_words(repeated_tokens(ledger))}" for name, ledger in (("A", one), ("B", other))]
+        console.print("\n".join(words), soft_wrap=True)
     return EXIT_DONE if same else EXIT_CHANGED_PAST
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from megatron.config.quantities import format_count
 from megatron.data.ledger import Ledger, StageRecord, ledger_rows
 from megatron.data.stage_objective import StageObjective
 
@@ -35,6 +36,23 @@ def totals_by_source(ledger: Ledger) -> dict[str, tuple[int, int]]:
                 samples, tokens = totals.get(name, (0, 0))
                 totals[name] = samples + use.samples, tokens + use.tokens
     return totals
+
+
+def aggregate_words(a: dict[str, tuple[int, int]], b: dict[str, tuple[int, int]]) -> str:
+    """Whether `totals_by_source` of two ledgers are equal, and which are not."""
+    if a == b:
+        return "the same aggregate: as many samples and tokens of each source, to the sample"
+    off = {name: b.get(name, (0, 0))[0] - a.get(name, (0, 0))[0] for name in sorted({*a, *b})}
+    each = ", ".join(f"{name} {count:+,}" for name, count in off.items() if count)
+    return f"another aggregate: {each or 'samples of other lengths'} samples in B"
+
+
+def repeated_words(repeated: dict[str, int]) -> str:
+    """What `repeated_tokens` found, in a line."""
+    some = {name: count for name, count in repeated.items() if count}
+    if not some:
+        return "0 tokens trained on twice"
+    return f"{', '.join(f'{name} {format_count(count)}' for name, count in some.items())} tokens trained on again"
 
 
 def beyond_order(one: Ledger, other: Ledger) -> list[str]:

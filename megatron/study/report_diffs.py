@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from megatron.config.quantities import format_count
 from megatron.data.ledger import Ledger
 from megatron.metrics.report_page import Cell, table
 from megatron.metrics.report_style import STYLE
 from megatron.planner.ledger_comparison import differences, parting, same_samples
-from megatron.planner.ledger_sides import beyond_order, merged, repeated_tokens, side_by_side, totals_by_source
+from megatron.planner.ledger_sides import (
+    aggregate_words,
+    beyond_order,
+    merged,
+    repeated_tokens,
+    repeated_words,
+    side_by_side,
+    totals_by_source,
+)
 from megatron.study.report_data import ReportNode, StudyReport
 from megatron.study.report_style import OWN_STYLE
 from megatron.study.steps import trained
@@ -121,11 +128,11 @@ def _diff(
             f"an average: its ledger is that of {name}, its first member, and says nothing of the others"
             for name in first
         ),
-        _aggregate_words(one, other),
+        aggregate_words(one, other),
         *(() if first else (same, *_test_words(aggregate, order, besides))),
         where,
-        f"{names[1]}: {_repeated_words(repeated)}",
-        f"{names[0]}: {_repeated_words(repeated_tokens(a))}",
+        f"{names[1]}: {repeated_words(repeated)}",
+        f"{names[0]}: {repeated_words(repeated_tokens(a))}",
     )
     found = differences(_without_places(a), _without_places(b))
     words = [escape(one.words) for one in found[:_MOST_PLACES]]
@@ -161,21 +168,6 @@ def _without_places(ledger: Ledger) -> Ledger:
         for event in ledger.events
     ]
     return replace(ledger, events=events)
-
-
-def _aggregate_words(a: dict[str, tuple[int, int]], b: dict[str, tuple[int, int]]) -> str:
-    if a == b:
-        return "the same aggregate: as many samples and tokens of each source, to the sample"
-    off = {name: b.get(name, (0, 0))[0] - a.get(name, (0, 0))[0] for name in sorted({*a, *b})}
-    each = ", ".join(f"{name} {count:+,}" for name, count in off.items() if count)
-    return f"another aggregate: {each or 'samples of other lengths'} samples in B"
-
-
-def _repeated_words(repeated: dict[str, int]) -> str:
-    some = {name: count for name, count in repeated.items() if count}
-    if not some:
-        return "0 tokens trained on twice"
-    return f"{', '.join(f'{name} {format_count(count)}' for name, count in some.items())} tokens trained on again"
 
 
 def _totals(a: dict[str, tuple[int, int]], b: dict[str, tuple[int, int]]) -> str:

@@ -253,6 +253,7 @@ def test_ledger_diff_names_the_difference_and_the_sample(
     assert record["parting"]["sample"] == expected >= 80
     assert ledger.main(["diff", str(one), str(two)]) == 5
     shown = capsys.readouterr().out
+    assert "another aggregate: code +" in shown and not record["same_aggregate"]
     assert f"they part at sample {expected}" in shown and "code 0.1 → 0" in shown and "0.4 → 0" in shown
     assert ledger.main(["diff", str(one), str(one), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["differences"] == []

@@ -282,6 +282,12 @@ def test_ledger_diff_proves_it(small: PlannedStudy, capsys: pytest.CaptureFixtur
     folders = [str(node_folder(small, paths[arm][-1]).path) for arm in (a, b)]
     assert ledger_main(["diff", *folders, "--json"]) == 5
     found = json.loads(capsys.readouterr().out)
+    assert found["same_aggregate"] and found["beyond_order"] == []
+    assert not any(count for side in "ab" for count in found[side]["repeated"].values())
+    assert ledger_main(["diff", *folders]) == 5
+    said = capsys.readouterr().out
+    assert "the same aggregate" in said and "besides order and amounts: nothing differs" in said
+    assert "A: 0 tokens trained on twice" in said and "B: 0 tokens trained on twice" in said
     check_same_aggregate(found, {TEXT: SAMPLES * 5 // 8, CODE: SAMPLES * 3 // 8})
     assert ledger_of(small, a).order != ledger_of(small, b).order
     (trunk,) = {stage.samples for arm in (a, b) for stage in ledger_of(small, arm).stages[:1]}
