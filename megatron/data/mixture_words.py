@@ -90,10 +90,7 @@ class MixtureWords:
     def _inner(self, group: str, table: Mapping[str, Decimal]) -> dict[str, Fraction]:
         members = [source for source, its in self._groups.items() if its == group]
         if not members:
-            near = difflib.get_close_matches(group, sorted(set(self._groups.values())), n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"groups are: {', '.join(sorted(set(self._groups.values())))}"
-            )
+            hint = _near(group, self._groups.values())
             raise ConfigError(f"{self._where}: within names {group!r}, which is no group of sources: {hint}")
         strangers = sorted(set(table) - set(members))
         if strangers or not any(table.values()):
@@ -115,9 +112,8 @@ class MixtureWords:
                 )
             members = [name] if name in self._groups else grouped
             if not members:
-                raise ConfigError(
-                    f"{self._where}: {key} names {name!r}, which is neither a source nor a group: {self._near(name)}"
-                )
+                hint = _near(name, [*self._groups, *self._groups.values()])
+                raise ConfigError(f"{self._where}: {key} names {name!r}, which is neither a source nor a group: {hint}")
             for member in members:
                 if member in said_by:
                     raise ConfigError(
@@ -128,10 +124,11 @@ class MixtureWords:
             result[name] = members
         return result
 
-    def _near(self, name: str) -> str:
-        known = sorted({*self._groups, *self._groups.values()})
-        near = difflib.get_close_matches(name, known, n=1)
-        return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+
+def _near(name: str, known: Iterable[str]) -> str:
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
 
 
 def scaled(weights: Weights, total: Fraction) -> dict[str, Fraction]:

@@ -37,9 +37,9 @@ class Study:
 
     def base_place(self, *location: str | int) -> str:
         """FILE:LINE of a table or key of the base: of the study file's own [base], or of the file that it names."""
-        here = self.words.base is not None or location[0] == "evaluation" and self.words.evaluation is not None
-        prefix = () if self.words.base is None or location[0] not in self.words.base else ("base",)
-        return (self.places if here else self.base_places).of((*prefix, *location))
+        if location[0] == "evaluation" and self.words.evaluation is not None:
+            return self.places.of(location)  # said once for the base, in the study file
+        return self.base_places.of(location if self.words.base is None else ("base", *location))
 
     def place(self, *location: str) -> str:
         """FILE:LINE of a table or key, for messages."""

@@ -45,7 +45,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         tables({"a": {"from": "b", "stages": ["init"]}, "b": {"from": "a", "stages": ["cool"]}}, STAGES),
         ("circle, by from or average: a -> b -> a", "do without"),
     ),
-    "own parent": (tables({"a": {"from": "a/init", "stages": ["init"]}}, STAGES), ("a -> a",)),
+    "own parent": (
+        tables({"a": {"from": "a/init", "stages": ["init"]}}, STAGES),
+        ("circle, by from or average: a -> a", "do without"),
+    ),
     "seed words": (seeds("one"), ("study.seeds.0", "'one' is no seed", "[1, 2, 3]")),
     "seed below 0": (seeds(-1), ("-1", "no seed")),
     "seed fraction": (seeds(Decimal("1.5")), ("1.5", "no seed")),
